@@ -1,0 +1,7 @@
+"""adaQN, a stochastic quasi-Newton optimizer for PyTorch at close to first-order cost."""
+
+from .adaqn import AdaQN
+from .options import PAPER
+from .version import __version__
+
+__all__ = ["PAPER", "AdaQN", "__version__"]

@@ -1,0 +1,71 @@
+"""What all backends agree on: the words of the control block, ring sizes, the state's dtype.
+
+The control block holds the few numbers that steer the algorithm on the device.  Every backend
+reads and writes these words, so their order is part of the checkpoint format.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+class Counter(IntEnum):
+    """Words of the ``counters`` tensor (int64)."""
+
+    PAIRS = 0
+    """Curvature pairs stored now, 0..history_size."""
+    OLDEST_PAIR = 1
+    """Ring slot of the oldest pair; pair ``i`` lives in slot ``(OLDEST_PAIR + i) % slots``."""
+    GRADIENTS = 2
+    """Gradients in the Fisher ring now; they fill slots ``0..GRADIENTS-1``."""
+    NEXT_GRADIENT = 3
+    """Fisher slot that the next accepted gradient overwrites."""
+    ITERATES = 4
+    """Iterates in ``iterate_sum`` now."""
+    ANCHORED = 5
+    """1 once the anchor holds an averaged iterate."""
+    STORED = 6
+    """Pair updates that stored a pair, ever."""
+    SKIPPED = 7
+    """Pair updates that failed the curvature test, ever."""
+    RESETS = 8
+    """Pair updates that dropped the memory and went back to the anchor, ever."""
+    STEPS_SKIPPED = 9
+    """Steps dropped because their gradient was not finite, ever."""
+
+
+class Loss(IntEnum):
+    """Words of the ``losses`` tensor (float64)."""
+
+    ANCHOR = 0
+    """Monitored loss at the anchor."""
+    MONITORED = 1
+    """Monitored loss at the latest averaged iterate; NaN until there is one."""
+
+
+class Flag(IntEnum):
+    """Trailing words of ``projections`` (float64), counted from its end."""
+
+    NONFINITE = -2
+    """Number of gradient elements that are not finite, plus ``found_inf``."""
+    NONZERO = -1
+    """Number of gradient elements that are not zero."""
+
+
+def pair_slots(history_size: int) -> int:
+    """Rows of the pair rings: one spare row takes the candidate, so storing moves an index only."""
+    return history_size + 1
+
+
+def projections_size(history_size: int) -> int:
+    """Length of ``projections``: one word per pair slot, then the flags."""
+    return pair_slots(history_size) + len(Flag)
+
+
+def state_dtype(params: list[Tensor]) -> torch.dtype:
+    """Dtype of vectors in the state and of arithmetic on them: at least float32."""
+    return reduce(torch.promote_types, {p.dtype for p in params}, torch.float32)

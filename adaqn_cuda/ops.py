@@ -1,0 +1,120 @@
+"""The door to the kernels: schemas, fake implementations, and the choice of a backend.
+
+Every operation is registered under ``torch.ops.adaqn`` with :mod:`adaqn_cuda.reference` as its
+implementation for all devices; a native library, once loaded, takes over the devices it serves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from . import reference
+
+SCHEMAS = {
+    "direction_step": (
+        "(Tensor(a!)[] params, Tensor?[] grads, Tensor s_ring, Tensor y_ring, Tensor gram, "
+        "Tensor? grad_scale, Tensor? found_inf, bool maximize, float keep, float add, float eps, "
+        "int[] group_sizes, float[] lr, float[] weight_decay, Tensor? lr_tensor, "
+        "Tensor? weight_decay_tensor, Tensor(b!)? accumulator, Tensor(c!) fisher, "
+        "Tensor(d!) iterate_sum, Tensor(e!) direction, Tensor(f!) projections, Tensor(g!) images, "
+        "Tensor(h!) counters) -> ()"
+    ),
+    "direction_pass1": (
+        "(Tensor[] params, Tensor?[] grads, Tensor s_ring, Tensor counters, Tensor? grad_scale, "
+        "Tensor? found_inf, bool maximize, Tensor(a!) projections) -> ()"
+    ),
+    "direction_pass2": (
+        "(Tensor[] params, Tensor?[] grads, Tensor y_ring, Tensor gram, Tensor counters, "
+        "Tensor projections, Tensor? grad_scale, bool maximize, float keep, float add, float eps, "
+        "Tensor(a!)? accumulator, Tensor(b!) fisher, Tensor(c!) direction, Tensor(d!) images)"
+        " -> ()"
+    ),
+    "direction_pass3": (
+        "(Tensor(a!)[] params, Tensor s_ring, Tensor gram, Tensor projections, Tensor images, "
+        "Tensor direction, int[] group_sizes, float[] lr, float[] weight_decay, "
+        "Tensor? lr_tensor, Tensor? weight_decay_tensor, int fisher_size, "
+        "Tensor(b!) iterate_sum, Tensor(c!) counters) -> ()"
+    ),
+    "iterate_swap": (
+        "(Tensor(a!)[] params, Tensor iterate_sum, Tensor projections, Tensor counters, "
+        "Tensor(b!) saved) -> ()"
+    ),
+    "iterate_restore": "(Tensor(a!)[] params, Tensor saved) -> ()",
+    "curvature_pass_a": (
+        "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, Tensor(a!) weights)"
+        " -> ()"
+    ),
+    "curvature_pass_b": (
+        "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, Tensor weights, "
+        "Tensor(a!) s_ring, Tensor(b!) y_ring, Tensor(c!) column) -> ()"
+    ),
+    "curvature_commit": (
+        "(Tensor(a!)[] params, Tensor column, Tensor? monitored_loss, float min_curvature, "
+        "float max_increase, Tensor(b!) gram, Tensor(c!) losses, Tensor(d!) anchor, "
+        "Tensor(e!) iterate_sum, Tensor(f!) counters) -> ()"
+    ),
+}
+
+_library = torch.library.Library("adaqn", "DEF")
+
+
+def _fake(*args, **kwargs) -> None:
+    """No operation returns anything; all write into their arguments."""
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"adaqn::{name}", _fake, lib=_library)
+
+
+_register()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where the operations run.
+
+    Args:
+        name: ``"reference"`` or ``"native"``.
+        reason: why this one, and how to get a better one, in one sentence.
+        ops: namespace with a callable for each operation of :data:`SCHEMAS`.
+    """
+
+    name: str
+    reason: str
+    ops: SimpleNamespace
+
+
+_REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in SCHEMAS})
+_DISPATCHED = SimpleNamespace(**{name: getattr(torch.ops.adaqn, name).default for name in SCHEMAS})
+
+
+def native_obstacle(device: torch.device) -> str | None:
+    """Why native kernels cannot serve ``device``, and the remedy; ``None`` if they can."""
+    return f"this build of adaqn_cuda has no native kernels for {device.type}"
+
+
+def select_backend(device: torch.device, fused: bool | None) -> Backend:
+    """The backend for parameters on ``device``.
+
+    Args:
+        device: where the parameters live.
+        fused: ``None`` for the best available, ``True`` to insist on native kernels, ``False``
+            for the reference.
+
+    Raises:
+        RuntimeError: ``fused=True`` and there are no native kernels for ``device``.
+    """
+    if fused is False:
+        return Backend("reference", "fused=False asks for the PyTorch reference", _REFERENCE)
+    obstacle = native_obstacle(device)
+    if obstacle is None:
+        return Backend("native", f"native kernels serve {device.type}", _DISPATCHED)
+    if fused:
+        raise RuntimeError(f"fused=True, but {obstacle}; pass fused=None to use the reference")
+    return Backend("reference", obstacle, _DISPATCHED)

@@ -1,0 +1,141 @@
+"""Hyper-parameters: what belongs to a group, what to the whole optimizer, and what is in range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Arguments of the authors' experiments, with every extension off.
+PAPER: dict[str, Any] = {
+    "lr": 0.01,
+    "history_size": 10,
+    "fisher_size": 100,
+    "update_interval": 20,
+    "init": "rmsprop",
+    "decay": 0.9,
+    "eps": 2**-26,
+    "min_curvature": 1e-4,
+    "max_increase": 1.01,
+    "weight_decay": 0.0,
+    "maximize": False,
+    "history_dtype": None,
+    "fisher_dtype": None,
+}
+
+INITS = ("adagrad", "rmsprop", "scalar")
+
+#: Options that may differ between parameter groups, and may be tensors.
+PER_GROUP = ("lr", "weight_decay")
+
+
+def _number(low: float, rule: str, *, strict: bool = False, high: float = float("inf")):
+    """A check that a real number is finite, above ``low`` and below ``high``."""
+
+    def check(name: str, value: Any) -> None:
+        number = value
+        if isinstance(value, Tensor):
+            if name not in PER_GROUP or value.numel() != 1 or value.is_complex():
+                raise ValueError(
+                    f"{name}: expected {_kind(name)}, got a tensor of shape {tuple(value.shape)}"
+                )
+            number = value.item()
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected {_kind(name)}, got {value!r}")
+        above = number > low if strict else number >= low
+        infinite_allowed = name == "max_increase"
+        if not (above and number < high) and not (infinite_allowed and number == high):
+            raise ValueError(f"{name}: expected {rule}, got {value!r}")
+        if not isfinite(number) and not infinite_allowed:
+            raise ValueError(f"{name}: expected {rule}, got {value!r}")
+
+    return check
+
+
+def _kind(name: str) -> str:
+    return "a number or a one-element real tensor" if name in PER_GROUP else "a number"
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+
+
+def _init(name: str, value: Any) -> None:
+    if value not in INITS:
+        raise ValueError(f"{name}: expected one of {', '.join(INITS)}, got {value!r}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _optional_flag(name: str, value: Any) -> None:
+    if value is not None:
+        _flag(name, value)
+
+
+def _ring_dtype(name: str, value: Any) -> None:
+    if value not in (None, torch.bfloat16):
+        raise ValueError(f"{name}: expected None or torch.bfloat16, got {value!r}")
+
+
+def _not_differentiable(name: str, value: Any) -> None:
+    if value:
+        raise RuntimeError(
+            f"{name}={value!r} is not supported: the step is not recorded by autograd; "
+            "leave it False"
+        )
+
+
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lr": _number(0.0, "a finite number >= 0"),
+    "weight_decay": _number(0.0, "a finite number >= 0"),
+    "history_size": _count,
+    "fisher_size": _count,
+    "update_interval": _count,
+    "init": _init,
+    "decay": _number(0.0, "a number in [0, 1)", high=1.0),
+    "eps": _number(0.0, "a finite number > 0", strict=True),
+    "min_curvature": _number(0.0, "a finite number >= 0"),
+    "max_increase": _number(1.0, "a number >= 1"),
+    "maximize": _flag,
+    "history_dtype": _ring_dtype,
+    "fisher_dtype": _ring_dtype,
+    "fused": _optional_flag,
+    "foreach": _optional_flag,
+    "capturable": _flag,
+    "differentiable": _not_differentiable,
+}
+
+
+def validate(options: dict[str, Any]) -> None:
+    """Raise ``ValueError``, ``TypeError`` or ``RuntimeError`` naming the first bad option."""
+    for name, check in CHECKS.items():
+        if name in options:
+            check(name, options[name])
+
+
+def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
+    """Check one parameter group against the optimizer's ``common`` options."""
+    validate(group)
+    for name in CHECKS:
+        if name in PER_GROUP or name not in group or group[name] == common[name]:
+            continue
+        raise ValueError(
+            f"{name}: a parameter group asks for {group[name]!r}, but the optimizer has "
+            f"{common[name]!r}; only {' and '.join(PER_GROUP)} may differ between groups, because "
+            "the curvature is one matrix over all of them"
+        )
+
+
+def check_monitor(monitor: Any) -> None:
+    if monitor is not None and not callable(monitor):
+        raise TypeError(f"monitor: expected a callable without arguments or None, got {monitor!r}")
