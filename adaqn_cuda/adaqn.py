@@ -150,7 +150,7 @@ class AdaQN(Optimizer):
         try:
             _check_dtypes(self.param_groups[-1]["params"])
             if self._arena is not None:
-                self._bind(self._arena.grown(*self._layout()))
+                self._bind(self._arena.grown(*self._layout()), self._calls)
         except Exception:
             self.param_groups.pop()
             raise
@@ -184,10 +184,10 @@ class AdaQN(Optimizer):
             )
         return params, self._sizes(common or self._common())
 
-    def _bind(self, arena: Arena | None) -> None:
-        """Make ``arena`` the state, and file its views under the parameters."""
+    def _bind(self, arena: Arena | None, calls: int) -> None:
+        """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
         self._arena = arena
-        self._calls = 0 if arena is None else int(arena.step)
+        self._calls = calls
         for p in self._parameters():
             self.state.pop(p, None)
         if arena is not None:
@@ -231,7 +231,7 @@ class AdaQN(Optimizer):
             not isinstance(group["lr"], Number) or group["lr"] != 0 for group in self.param_groups
         )
         if self._arena is None:
-            self._bind(Arena(*self._layout()))
+            self._bind(Arena(*self._layout()), calls=0)
         calls = self._calls + counted
         due = counted and calls % common["update_interval"] == 0
         self._advance(common, grads, grad_scale, found_inf, due)
@@ -422,10 +422,11 @@ class AdaQN(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("monitor", None)
         if "_incoming" in self.__dict__:
-            self._bind(self._incoming)
-            return
-        entries = [self.state[p] for p in self._parameters() if p in self.state]
-        self._bind(self._assemble(entries, self._common()) if entries else None)
+            arena = self._incoming
+        else:
+            entries = [self.state[p] for p in self._parameters() if p in self.state]
+            arena = self._assemble(entries, self._common()) if entries else None
+        self._bind(arena, 0 if arena is None else int(arena.step))
 
 
 def _accumulation(common: dict[str, Any]) -> tuple[float, float]:

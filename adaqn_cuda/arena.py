@@ -143,7 +143,7 @@ class Arena:
             shape = real_view(p.detach()).shape
             end = start + shape.numel()
             parts = {
-                name: buffer[..., start:end].view(*buffer.shape[:-1], *shape)
+                name: buffer[..., start:end].view((*buffer.shape[:-1], *shape))
                 for name in kinds
                 for buffer in (getattr(self, name),)
             }

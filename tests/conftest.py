@@ -1,0 +1,4 @@
+import os
+
+# Matplotlib must not look for a display.
+os.environ.setdefault("MPLBACKEND", "Agg")
