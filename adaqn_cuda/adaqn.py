@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .arena import Arena, Sizes, real_view
+from .arena import Arena, Buffers, Sizes, real_view
+from .compiled import register
 from .layout import Counter, Loss
 from .options import CHECKS, PER_GROUP, check_monitor, validate, validate_group
 
@@ -128,6 +129,8 @@ class AdaQN(Optimizer):
         self.monitor = monitor
         self._arena: Arena | None = None
         self._calls = 0
+        self._fresh = False
+        self._handle = register(self)
         super().__init__(params, defaults)
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
@@ -186,8 +189,7 @@ class AdaQN(Optimizer):
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
-        self._arena = arena
-        self._calls = calls
+        self._arena, self._calls, self._fresh = arena, calls, False
         for p in self._parameters():
             self.state.pop(p, None)
         if arena is not None:
@@ -212,11 +214,9 @@ class AdaQN(Optimizer):
             TypeError: the monitor returned something else than a real number. Nothing has
                 changed then.
         """
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
         loss = None
         if closure is not None:
-            if grad_scale is not None or found_inf is not None:
+            if getattr(self, "grad_scale", None) is not None:
                 raise RuntimeError(
                     "closure: not supported under torch.amp.GradScaler; call backward() before "
                     "scaler.step(optimizer) instead"
@@ -224,20 +224,30 @@ class AdaQN(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        common = self._common()
         grads = self._gradients()
-        # The first call with lr 0 is how torch.distributed.checkpoint materialises state.
-        counted = self._arena is not None or any(
-            not isinstance(group["lr"], Number) or group["lr"] != 0 for group in self.param_groups
-        )
+        self._init_group()
+        params = [real_view(p) for p in self._arena.params]
+        if not torch.compiler.is_compiling():
+            self._advance(params, grads, self._arena)
+        elif self.monitor is None:
+            torch.ops.adaqn.whole_step(self._handle, params, grads, self._arena.tensors())
+        else:
+            self._advance_outside_graph(params, grads)
+        return loss
+
+    def _init_group(self) -> None:
+        """Allocate the state if there is none.
+
+        ``torch.compile`` runs a method of this name instead of tracing it.
+        """
         if self._arena is None:
             self._bind(Arena(*self._layout()), calls=0)
-        calls = self._calls + counted
-        due = counted and calls % common["update_interval"] == 0
-        self._advance(common, grads, grad_scale, found_inf, due)
-        self._calls = calls
-        self._arena.step.fill_(calls)
-        return loss
+            self._fresh = True
+
+    @torch.compiler.disable
+    def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        """A compiled step with a monitor: Python that no graph can hold."""
+        self._advance(params, grads, self._arena)
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -253,43 +263,57 @@ class AdaQN(Optimizer):
                 grads[index] = torch.view_as_real(g.resolve_conj())
         return grads
 
-    def _advance(
+    def _advance(self, params: list[Tensor], grads: list[Tensor | None], state: Buffers) -> None:
+        """One call of the schedule: a step and, every ``update_interval`` calls, a pair update."""
+        common = self._common()
+        # A first call with lr 0 is how torch.distributed.checkpoint materialises state.
+        counted = not self._fresh or any(
+            not isinstance(group["lr"], Number) or group["lr"] != 0 for group in self.param_groups
+        )
+        calls = self._calls + counted
+        due = counted and calls % common["update_interval"] == 0
+        op = ops.select_backend(self._arena.device, common["fused"]).ops
+        loss = self._move(op, params, grads, state, common, monitored=due)
+        if due:
+            self._update_pairs(op, params, state, common, loss)
+        self._calls, self._fresh = calls, False
+        self._arena.calls.fill_(calls)
+
+    def _move(
         self,
-        common: dict[str, Any],
+        op: Any,
+        params: list[Tensor],
         grads: list[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        due: bool,
-    ) -> None:
-        """The three passes of a step and, when ``due``, the pair update after them."""
-        a = self._arena
-        op = ops.select_backend(a.device, common["fused"]).ops
-        params = [real_view(p) for p in a.params]
+        a: Buffers,
+        common: dict[str, Any],
+        monitored: bool,
+    ) -> Tensor | None:
+        """The three passes of a step; with a monitor and ``monitored``, its loss at the average."""
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
         maximize, diagonal = common["maximize"], (*_accumulation(common), common["eps"])
         rates = ([len(group["params"]) for group in self.param_groups], *self._rates())
-        if due and self.monitor is not None:
-            op.direction_pass1(
-                params, grads, a.s_ring, a.counters, grad_scale, found_inf, maximize, a.projections
-            )
-            # Before anything that lasts is written: a monitor that raises leaves no trace.
-            loss = self._monitored_loss(op, params)
-            op.direction_pass2(
-                params, grads, a.y_ring, a.gram, a.counters, a.projections, grad_scale, maximize,
-                *diagonal, a.accumulator, a.fisher, a.direction, a.images,
-            )  # fmt: skip
-            op.direction_pass3(
-                params, a.s_ring, a.gram, a.projections, a.images, a.direction, *rates,
-                len(a.fisher), a.iterate_sum, a.counters,
-            )  # fmt: skip
-        else:
-            loss = None
+        if self.monitor is None or not monitored:
             op.direction_step(
                 params, grads, a.s_ring, a.y_ring, a.gram, grad_scale, found_inf, maximize,
                 *diagonal, *rates, a.accumulator, a.fisher, a.iterate_sum, a.direction,
                 a.projections, a.images, a.counters,
             )  # fmt: skip
-        if due:
-            self._update_pairs(op, params, common, loss)
+            return None
+        op.direction_pass1(
+            params, grads, a.s_ring, a.counters, grad_scale, found_inf, maximize, a.projections
+        )
+        # Before anything that lasts is written: a monitor that raises leaves no trace.
+        loss = self._monitored_loss(op, params, a)
+        op.direction_pass2(
+            params, grads, a.y_ring, a.gram, a.counters, a.projections, grad_scale, maximize,
+            *diagonal, a.accumulator, a.fisher, a.direction, a.images,
+        )  # fmt: skip
+        op.direction_pass3(
+            params, a.s_ring, a.gram, a.projections, a.images, a.direction, *rates,
+            len(a.fisher), a.iterate_sum, a.counters,
+        )  # fmt: skip
+        return loss
 
     def _rates(self) -> tuple[list[float], list[float], Tensor | None, Tensor | None]:
         """Per group, ``lr`` and ``weight_decay`` by value, and as tensors where one is a tensor."""
@@ -312,9 +336,8 @@ class AdaQN(Optimizer):
             return number.to(device, torch.float64, non_blocking=True)
         return torch.full((), number, dtype=torch.float64, device=device)
 
-    def _monitored_loss(self, op: Any, params: list[Tensor]) -> Tensor:
+    def _monitored_loss(self, op: Any, params: list[Tensor], a: Buffers) -> Tensor:
         """The monitor's loss at the averaged iterate; the parameters are as before afterwards."""
-        a = self._arena
         saved = a.direction
         op.iterate_swap(params, a.iterate_sum, a.projections, a.counters, saved)
         try:
@@ -330,9 +353,13 @@ class AdaQN(Optimizer):
         return self._on_device(loss)
 
     def _update_pairs(
-        self, op: Any, params: list[Tensor], common: dict[str, Any], loss: Tensor | None
+        self,
+        op: Any,
+        params: list[Tensor],
+        a: Buffers,
+        common: dict[str, Any],
+        loss: Tensor | None,
     ) -> None:
-        a = self._arena
         op.curvature_pass_a(a.fisher, a.iterate_sum, a.anchor, a.counters, a.weights)
         op.curvature_pass_b(
             a.fisher, a.iterate_sum, a.anchor, a.counters, a.weights, a.s_ring, a.y_ring, a.column
@@ -420,13 +447,14 @@ class AdaQN(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("monitor", None)
+        if "_handle" not in self.__dict__:  # unpickled or copied
+            self._handle, self.monitor = register(self), None
         if "_incoming" in self.__dict__:
             arena = self._incoming
         else:
             entries = [self.state[p] for p in self._parameters() if p in self.state]
             arena = self._assemble(entries, self._common()) if entries else None
-        self._bind(arena, 0 if arena is None else int(arena.step))
+        self._bind(arena, 0 if arena is None else int(arena.calls))
 
 
 def _accumulation(common: dict[str, Any]) -> tuple[float, float]:

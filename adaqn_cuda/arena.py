@@ -15,7 +15,7 @@ from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 VECTORS = ("accumulator", "iterate_sum", "anchor")
 RINGS = ("s_ring", "y_ring", "fisher")
 #: Buffers that belong to the optimizer as a whole.
-SHARED = ("gram", "losses", "counters", "step")
+SHARED = ("gram", "losses", "counters", "calls")
 #: What a checkpoint holds: every entry of ``state[p]``, views of the above.
 PERSISTENT = VECTORS + RINGS + SHARED
 
@@ -99,12 +99,8 @@ class Sizes:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.buffers().values())
 
 
-class Arena:
-    """Buffers for ``params``, laid out one parameter after the other.
-
-    Attributes are the buffers of :meth:`Sizes.buffers` by name (``accumulator`` is ``None`` without
-    a diagonal) and ``step``, the number of calls as a 0-d int64 tensor on the CPU.
-    """
+class Buffers:
+    """The buffers of :meth:`Sizes.buffers`, by name."""
 
     accumulator: Tensor | None = None
     iterate_sum: Tensor
@@ -121,14 +117,30 @@ class Arena:
     weights: Tensor
     column: Tensor
 
+    def __init__(self, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+        for name, tensor in zip(names, tensors, strict=True):
+            setattr(self, name, tensor)
+
+
+class Arena(Buffers):
+    """Buffers for ``params``, laid out one parameter after the other.
+
+    ``calls`` is the number of counted calls of ``step()``, as a 0-d int64 tensor on the CPU.
+    """
+
     def __init__(self, params: list[Tensor], sizes: Sizes) -> None:
         self.sizes = sizes
         self.params = params
         self.device = params[0].device
-        for name, (shape, dtype) in sizes.buffers().items():
-            setattr(self, name, torch.zeros(shape, dtype=dtype, device=self.device))
+        self.names = tuple(sizes.buffers())
+        tensors = (torch.zeros(s, dtype=t, device=self.device) for s, t in sizes.buffers().values())
+        super().__init__(self.names, tensors)
         self.losses.fill_(torch.nan)
-        self.step = torch.zeros((), dtype=torch.int64)
+        self.calls = torch.zeros((), dtype=torch.int64)
+
+    def tensors(self) -> list[Tensor]:
+        """All buffers, in the order of ``names``."""
+        return [getattr(self, name) for name in self.names]
 
     def views(self) -> list[dict[str, Tensor]]:
         """Per parameter, its part of every persistent buffer, shaped like the parameter.

@@ -440,7 +440,7 @@ def test_state_holds_views_and_tells_its_bytes():
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for p in params
         for name, t in optimizer.state[p].items()
-        if name != "step"
+        if name != "calls"
     }
     a = optimizer._arena
     scratch = (a.direction, a.projections, a.images, a.weights, a.column)

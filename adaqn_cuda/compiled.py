@@ -1,0 +1,53 @@
+"""One opaque operation for a whole step, so that ``torch.compile`` can put it into a graph.
+
+The tracer cannot follow a schedule that counts calls on the host.  Under ``torch.compile`` the
+optimizer therefore calls ``torch.ops.adaqn.whole_step``: the graph sees which tensors change, and
+the host part of the step (schedule, learning rates) runs as Python when the operation runs.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .arena import Buffers
+
+if TYPE_CHECKING:
+    from .adaqn import AdaQN
+
+_optimizers: WeakValueDictionary[int, AdaQN] = WeakValueDictionary()
+_handles = count()
+
+_library = torch.library.Library("adaqn", "FRAGMENT")
+_library.define(
+    "whole_step(int handle, Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def register(optimizer: AdaQN) -> int:
+    """A handle by which a graph finds ``optimizer``."""
+    handle = next(_handles)
+    _optimizers[handle] = optimizer
+    return handle
+
+
+def _whole_step(
+    handle: int, params: list[Tensor], grads: list[Tensor | None], state: list[Tensor]
+) -> None:
+    optimizer = _optimizers.get(handle)
+    if optimizer is None:
+        raise RuntimeError("the optimizer of this compiled step no longer exists; compile it again")
+    optimizer._advance(params, grads, Buffers(optimizer._arena.names, state))
+
+
+def _fake(handle: int, params: object, grads: object, state: object) -> None:
+    """The operation returns nothing; it writes into its arguments."""
+
+
+_library.impl("whole_step", _whole_step, "CompositeExplicitAutograd")
+torch.library.register_fake("adaqn::whole_step", _fake, lib=_library)
