@@ -396,14 +396,15 @@ def test_closure_under_grad_scaler_is_refused():
 def test_group_added_during_training_joins_the_curvature():
     """Rows of the old parameters stay; the new ones start from zeros and keep the old dynamics."""
     old, new = random_parameters([(4,), (3,)], torch.float64)
-    optimizer = run([old], 13, update_interval=3)
+    optimizer = run([old], 14, update_interval=3)  # two iterates into an interval
     before = {k: v.clone() for k, v in optimizer.state[old].items()}
     optimizer.add_param_group({"params": [new], "lr": 0.5})
     for name, tensor in optimizer.state[old].items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
     assert not optimizer.state[new]["s_ring"].any()
     assert torch.equal(optimizer.state[new]["anchor"], new.detach())
-    run([old, new], 9, start=13, optimizer=optimizer)
+    assert torch.equal(optimizer.state[new]["iterate_sum"], 2 * new.detach())
+    run([old, new], 9, start=14, optimizer=optimizer)
     assert old.isfinite().all() and new.isfinite().all()
 
 
