@@ -216,7 +216,7 @@ class AdaQN(Optimizer):
         """
         loss = None
         if closure is not None:
-            if getattr(self, "grad_scale", None) is not None:
+            if any(hasattr(self, name) for name in ("grad_scale", "found_inf")):
                 raise RuntimeError(
                     "closure: not supported under torch.amp.GradScaler; call backward() before "
                     "scaler.step(optimizer) instead"
