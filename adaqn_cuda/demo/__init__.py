@@ -1,0 +1,1 @@
+"""The demo: recurrent language models trained from the command line (``adaqn train``)."""

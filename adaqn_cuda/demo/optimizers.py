@@ -1,0 +1,42 @@
+"""Optimizers by name, with the step lengths that suit the default task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .. import PAPER, AdaQN
+
+#: Default lr of each optimizer on the default task.
+DEFAULT_LR = {
+    "adaqn": 0.01,
+    "adam": 0.005,
+    "nadam": 0.005,
+    "rmsprop": 0.003,
+    "adagrad": 0.05,
+    "sgd": 1.0,
+    "lbfgs": 0.5,
+}
+NAMES = tuple(DEFAULT_LR)
+
+#: What ``--preset`` selects for adaqn.
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+def make_optimizer(
+    name: str, params: Iterable[torch.nn.Parameter], lr: float, adaqn: dict[str, Any]
+) -> Optimizer:
+    """The optimizer called ``name``; ``adaqn`` holds options for that one only."""
+    makers: dict[str, Callable[[], Optimizer]] = {
+        "adaqn": lambda: AdaQN(params, **{**adaqn, "lr": lr}),
+        "adam": lambda: torch.optim.Adam(params, lr=lr),
+        "nadam": lambda: torch.optim.NAdam(params, lr=lr),
+        "rmsprop": lambda: torch.optim.RMSprop(params, lr=lr),
+        "adagrad": lambda: torch.optim.Adagrad(params, lr=lr),
+        "sgd": lambda: torch.optim.SGD(params, lr=lr, momentum=0.9),
+        "lbfgs": lambda: torch.optim.LBFGS(params, lr=lr, max_iter=4, history_size=10),
+    }
+    return makers[name]()

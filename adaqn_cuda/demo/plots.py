@@ -1,0 +1,97 @@
+"""Pictures of runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .train import Result
+
+#: Colours by optimizer, distinguishable also without colour vision (Okabe & Ito).
+COLOURS = {
+    "adaqn": "#d55e00",
+    "adam": "#0072b2",
+    "nadam": "#56b4e9",
+    "rmsprop": "#009e73",
+    "adagrad": "#cc79a7",
+    "sgd": "#999999",
+    "lbfgs": "#000000",
+}
+
+
+class PlotUnavailable(RuntimeError):
+    """matplotlib is missing."""
+
+
+def _axes(columns: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlotUnavailable(
+            'no picture: matplotlib is missing; pip install matplotlib (or ".[demo]")'
+        ) from None
+    figure = Figure(figsize=(7.5 if columns == 1 else 11, 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss (nats per symbol)")
+    return figure, axes
+
+
+def _column(result: Result, name: str) -> list[float]:
+    return [record[name] for record in result.curve]
+
+
+def plot_run(result: Result, path: Path) -> None:
+    """Training and validation loss of one run over its steps.
+
+    Raises:
+        PlotUnavailable: matplotlib is not installed.
+    """
+    figure, (ax,) = _axes(1)
+    config, steps = result.config, _column(result, "step")
+    colour = COLOURS[config["optimizer"]]
+    train = _column(result, "train")
+    ax.plot(steps, train, color=colour, alpha=0.45, label="train (mean of 100 steps)")
+    ax.plot(steps, _column(result, "valid"), "o-", color=colour, markersize=4, label="valid")
+    ax.axhline(math.log(result.vocabulary), color="grey", linestyle=":", linewidth=1)
+    ax.annotate(
+        f"ln({result.vocabulary}), guessing",
+        (steps[-1], math.log(result.vocabulary)),
+        xytext=(0, -11), textcoords="offset points", ha="right", fontsize=8, color="grey",
+    )  # fmt: skip
+    (unit, value), *_ = result.summary().items()
+    ax.set_title(
+        f"{config['optimizer']} on {result.data}: {config['model']}, "
+        f"{result.parameters:,} parameters\n"
+        f"valid {result.valid:.3f} nats ({value:.2f} {unit.replace('_', ' ')}), "
+        f"{result.seconds:.0f} s",
+        fontsize=10,
+    )
+    ax.set_xlabel("step")
+    ax.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_comparison(results: list[Result], path: Path) -> None:
+    """Validation loss of several runs, over steps and over seconds.
+
+    Raises:
+        PlotUnavailable: matplotlib is not installed.
+    """
+    figure, axes = _axes(2)
+    for ax, name in zip(axes, ("step", "seconds"), strict=True):
+        for result in results:
+            label = f"{result.config['optimizer']}  {result.valid:.3f}"
+            colour = COLOURS[result.config["optimizer"]]
+            ax.plot(_column(result, name), _column(result, "valid"), color=colour, label=label)
+        ax.set_xlabel(name)
+    finals = [result.valid for result in results if math.isfinite(result.valid)]
+    if finals:
+        axes[0].set_ylim(min(finals) - 0.1, min(finals) + 2.0)
+    axes[1].legend(frameon=False, title="final valid loss")
+    config = results[0].config
+    figure.suptitle(f"{config['model']} on {results[0].data}, seed {config['seed']}", fontsize=10)
+    figure.savefig(path)

@@ -1,0 +1,338 @@
+"""The training loop, callable from Python: :class:`Config` in, :class:`Result` out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import AdaQN
+from . import checkpoint
+from .data import Batches, Corpus, DataError
+from .models import Hidden, RecurrentLM, detach, loss_of
+from .optimizers import DEFAULT_LR, PRESETS, make_optimizer
+
+#: Symbols of the validation text looked at during training, and at the end.
+VALID_DURING, VALID_AT_END = 20_000, 100_000
+#: Training stops when the loss has not been finite for this many steps on end.
+PATIENCE = 50
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run, apart from the data and where results go."""
+
+    model: str = "lstm"
+    optimizer: str = "adaqn"
+    level: str = "char"
+    data: str | None = None
+    vocab: int = 10_000
+    steps: int = 1500
+    batch: int = 32
+    bptt: int = 32
+    hidden: int = 128
+    layers: int = 1
+    lr: float | None = None
+    schedule: str = "linear"
+    warmup: int = 20
+    clip: float = 1.0
+    seed: int = 0
+    device: str = "cpu"
+    preset: str = "default"
+    monitor: int = 0
+    adaqn: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Peak lr."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+
+@dataclass
+class Result:
+    """What a run leaves behind.
+
+    Args:
+        config: what was run.
+        data: name of the corpus.
+        vocabulary: its number of symbols.
+        parameters: scalars in the model.
+        curve: one record per evaluation: step, seconds, train and valid loss in nats.
+        train, valid: final losses, nats per symbol.
+        seconds: wall time of the training steps.
+        optimizer_share: part of it spent in the optimizer's step.
+        stats: the optimizer's own, for adaqn.
+    """
+
+    config: dict[str, Any]
+    data: str
+    vocabulary: int
+    parameters: int
+    curve: list[dict[str, float]] = field(default_factory=list)
+    train: float = math.nan
+    valid: float = math.nan
+    seconds: float = 0.0
+    optimizer_share: float = 0.0
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, float]:
+        """The validation loss as people quote it."""
+        if self.config["level"] == "char":
+            return {"bits_per_character": self.valid / math.log(2)}
+        return {"perplexity": math.exp(min(self.valid, 700))}
+
+
+class Diverged(RuntimeError):
+    """The training loss is not finite any more."""
+
+
+class Run:
+    """A training run that can be stopped and resumed between any two steps.
+
+    Args:
+        config: what to run.
+        corpus: the data.
+        on_step: called after every step with the run, for progress bars.
+    """
+
+    def __init__(
+        self, config: Config, corpus: Corpus, on_step: Callable[[Run], None] | None = None
+    ) -> None:
+        self.config, self.corpus, self.on_step = config, corpus, on_step
+        self.device = torch.device(config.device)
+        torch.manual_seed(config.seed)
+        vocabulary = len(corpus.vocabulary)
+        self.model = RecurrentLM(config.model, vocabulary, config.hidden, config.layers)
+        self.model.to(self.device)
+        self.batches = Batches(corpus.train, config.batch, config.bptt, "training text")
+        valid_streams = min(config.batch, max(1, len(corpus.valid) // (4 * config.bptt)))
+        self.valid = Batches(corpus.valid, valid_streams, config.bptt, "validation text")
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.model.parameters(),
+            config.rate,
+            {**PRESETS[config.preset], **config.adaqn},
+        )
+        if config.monitor:
+            self._watch(config.monitor)
+        self.hidden: Hidden = None
+        self.step, self.train_loss, self.seconds, self.optimizer_seconds = 0, math.nan, 0.0, 0.0
+        self.recent: deque[float] = deque(maxlen=100)
+        numel = sum(p.numel() for p in self.model.parameters())
+        self.result = Result(asdict(config), corpus.name, vocabulary, numel)
+
+    # ------------------------------------------------------------------ training
+
+    def train(
+        self, save: Path | None = None, save_every: int = 100, evaluate_every: int | None = None
+    ) -> Result:
+        """Run to the last step.
+
+        Args:
+            save: checkpoint file, written every ``save_every`` steps and at the end.
+            save_every: steps between two checkpoints.
+            evaluate_every: steps between two looks at the validation loss; a fifteenth of the run
+                if ``None``.
+
+        Raises:
+            Diverged: the loss has not been finite for :data:`PATIENCE` steps.
+        """
+        every = evaluate_every or max(1, self.config.steps // 15)
+        bad = 0
+        if self.step == 0:
+            self._record()
+        while self.step < self.config.steps:
+            self._step()
+            bad = 0 if math.isfinite(self.train_loss) else bad + 1
+            if bad >= PATIENCE:
+                raise Diverged(
+                    f"the training loss has not been finite for {PATIENCE} steps (step "
+                    f"{self.step}); lower --lr or --clip"
+                )
+            if self.step % every == 0 and self.step < self.config.steps:
+                self._record()
+            if save is not None and self.step % save_every == 0:
+                checkpoint.save(save, self.state_dict())
+            if self.on_step is not None:
+                self.on_step(self)
+        self._finish()
+        if save is not None:
+            checkpoint.save(save, self.state_dict())
+        return self.result
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        if self.batches.at_start():
+            self.hidden = None
+        inputs, targets = (t.to(self.device) for t in self.batches.next())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate * self._schedule()
+        if self.config.optimizer == "lbfgs":
+            loss, spent = self._step_with_closure(inputs, targets)
+        else:
+            loss, spent = self._step_once(inputs, targets)
+        self.train_loss = float(loss)
+        self.recent.append(self.train_loss)
+        self.step += 1
+        self.seconds += time.perf_counter() - began
+        self.optimizer_seconds += spent
+
+    def _schedule(self) -> float:
+        """Factor on the lr of the next step: warm-up, then constant or down to zero."""
+        config, done = self.config, self.step
+        warm = min(1.0, (done + 1) / config.warmup) if config.warmup else 1.0
+        left = 1 - done / config.steps
+        shape = {
+            "constant": 1.0,
+            "linear": left,
+            "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
+        }
+        return warm * shape[config.schedule]
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        logits, hidden = self.model(inputs, self.hidden)
+        loss = loss_of(logits, targets)
+        loss.backward()
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self._next_hidden = detach(hidden)
+        return loss.detach()
+
+    def _step_once(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        loss = self._backward(inputs, targets)
+        spent = self._timed(self.optimizer.step)
+        self.hidden = self._next_hidden
+        return loss, spent
+
+    def _step_with_closure(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """L-BFGS evaluates the closure itself; its share leaves those evaluations out."""
+        spent, losses = 0.0, []
+
+        def closure() -> Tensor:
+            nonlocal spent
+            began = time.perf_counter()
+            losses.append(self._backward(inputs, targets))
+            spent += time.perf_counter() - began
+            return losses[-1]
+
+        total = self._timed(lambda: self.optimizer.step(closure))
+        self.hidden = self._next_hidden
+        return losses[0], total - spent
+
+    def _timed(self, call: Callable[[], Any]) -> float:
+        """Seconds of ``call`` on the device; on a GPU it is synchronised around every 50th call,
+        which stands for all 50."""
+        sampled = self.device.type == "cpu" or self.step % 50 == 0
+        if not sampled:
+            call()
+            return 0.0
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        began = time.perf_counter()
+        call()
+        if self.device.type == "cpu":
+            return time.perf_counter() - began
+        torch.accelerator.synchronize(self.device)
+        return 50 * (time.perf_counter() - began)
+
+    # ------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(self, symbols: int) -> float:
+        """Validation loss, nats per symbol, over about ``symbols`` symbols from the start."""
+        self.model.eval()
+        self.valid.position, hidden, total = 0, None, 0.0
+        per_batch = self.valid.bptt * self.valid.inputs.shape[1]
+        count = max(1, min(len(self.valid), symbols // per_batch))
+        for _ in range(count):
+            inputs, targets = (t.to(self.device) for t in self.valid.next())
+            logits, hidden = self.model(inputs, hidden)
+            total += float(loss_of(logits, targets))
+        self.model.train()
+        return total / count
+
+    def _watch(self, sequences: int) -> None:
+        """Hold ``sequences`` stretches of the training text fixed and monitor the loss on them."""
+        if not isinstance(self.optimizer, AdaQN):
+            raise DataError("--monitor is for --optimizer adaqn only")
+        fixed = Batches(self.corpus.train, sequences, self.config.bptt, "training text").next()
+        inputs, targets = (t.to(self.device) for t in fixed)
+
+        def monitor() -> Tensor:
+            self.model.eval()
+            loss = loss_of(self.model(inputs)[0], targets)
+            self.model.train()
+            return loss
+
+        self.optimizer.monitor = monitor
+
+    def _record(self) -> None:
+        self.result.curve.append(
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "train": self._recent_loss(),
+                "valid": self.evaluate(VALID_DURING),
+            }
+        )
+
+    def _recent_loss(self) -> float:
+        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    def _finish(self) -> None:
+        result = self.result
+        self._record()
+        result.train, result.valid = self._recent_loss(), self.evaluate(VALID_AT_END)
+        result.seconds = self.seconds
+        result.optimizer_share = self.optimizer_seconds / max(self.seconds, 1e-9)
+        if isinstance(self.optimizer, AdaQN):
+            result.stats = self.optimizer.stats()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        return {
+            "config": asdict(self.config),
+            "fingerprint": self.corpus.fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hidden": self.hidden,
+            "step": self.step,
+            "position": self.batches.position,
+            "recent": list(self.recent),
+            "curve": self.result.curve,
+            "seconds": [self.seconds, self.optimizer_seconds],
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned.
+
+        Raises:
+            DataError: it was saved by another configuration or with other data.
+        """
+        mine = asdict(self.config)
+        del mine["data"]  # the fingerprint tells, also when the file has moved
+        differing = sorted(k for k in mine if mine[k] != saved["config"].get(k))
+        if differing:
+            told = ", ".join(f"{k}: {saved['config'].get(k)} -> {mine[k]}" for k in differing)
+            raise DataError(f"--resume: the checkpoint was made with other options ({told})")
+        if saved["fingerprint"] != self.corpus.fingerprint:
+            raise DataError("--resume: the checkpoint was made with other data")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.hidden, self.step = saved["hidden"], saved["step"]
+        self.batches.position = saved["position"]
+        self.recent.extend(saved["recent"])
+        self.result.curve = saved["curve"]
+        self.seconds, self.optimizer_seconds = saved["seconds"]
+        torch.set_rng_state(saved["random"].cpu())
