@@ -1,0 +1,18 @@
+// What lets one source serve host and device.
+#pragma once
+
+#ifdef __CUDACC__
+#define ADAQN_HOST_DEVICE __host__ __device__
+#else
+#define ADAQN_HOST_DEVICE
+#endif
+
+namespace adaqn {
+
+/// Whether x is neither infinite nor NaN.  Needs strict floating point: no -ffast-math.
+template <class T>
+ADAQN_HOST_DEVICE inline bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+}  // namespace adaqn
