@@ -19,8 +19,8 @@ from .data import Batches, Corpus, DataError
 from .models import Hidden, RecurrentLM, detach, loss_of
 from .optimizers import DEFAULT_LR, PRESETS, make_optimizer
 
-#: Symbols of the validation text looked at during training, and at the end.
-VALID_DURING, VALID_AT_END = 20_000, 100_000
+#: Symbols of the validation text that an evaluation looks at.
+VALID_SYMBOLS = 50_000
 #: Training stops when the loss has not been finite for this many steps on end.
 PATIENCE = 50
 
@@ -37,7 +37,7 @@ class Config:
     steps: int = 1500
     batch: int = 32
     bptt: int = 32
-    hidden: int = 128
+    hidden: int = 256
     layers: int = 1
     lr: float | None = None
     schedule: str = "linear"
@@ -246,12 +246,12 @@ class Run:
     # ------------------------------------------------------------------ evaluation
 
     @torch.no_grad()
-    def evaluate(self, symbols: int) -> float:
-        """Validation loss, nats per symbol, over about ``symbols`` symbols from the start."""
+    def evaluate(self) -> float:
+        """Validation loss, nats per symbol, over :data:`VALID_SYMBOLS` symbols from the start."""
         self.model.eval()
         self.valid.position, hidden, total = 0, None, 0.0
         per_batch = self.valid.bptt * self.valid.inputs.shape[1]
-        count = max(1, min(len(self.valid), symbols // per_batch))
+        count = max(1, min(len(self.valid), VALID_SYMBOLS // per_batch))
         for _ in range(count):
             inputs, targets = (t.to(self.device) for t in self.valid.next())
             logits, hidden = self.model(inputs, hidden)
@@ -280,7 +280,7 @@ class Run:
                 "step": self.step,
                 "seconds": self.seconds,
                 "train": self._recent_loss(),
-                "valid": self.evaluate(VALID_DURING),
+                "valid": self.evaluate(),
             }
         )
 
@@ -290,7 +290,7 @@ class Run:
     def _finish(self) -> None:
         result = self.result
         self._record()
-        result.train, result.valid = self._recent_loss(), self.evaluate(VALID_AT_END)
+        result.train, result.valid = (result.curve[-1][name] for name in ("train", "valid"))
         result.seconds = self.seconds
         result.optimizer_share = self.optimizer_seconds / max(self.seconds, 1e-9)
         if isinstance(self.optimizer, AdaQN):
