@@ -1,0 +1,188 @@
+"""Final losses of adaQN as published and of first-order methods, lr tuned alike for each.
+
+    python bench/language_models.py --task char --data tinyshakespeare.txt
+    python bench/language_models.py --task word --data ptb-folder
+
+Every method gets the same number of grid points; the best on the first seed is then run on the
+others.  A finished run is one line of ``--work FILE``, so that the script can be killed and
+started again at will.  The result is one JSON file and one picture in ``bench/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import adaqn_cuda
+from adaqn_cuda.demo.data import load_corpus
+from adaqn_cuda.demo.plots import plot_comparison
+from adaqn_cuda.demo.train import Config, Diverged, Result, Run
+
+RESULTS = Path(__file__).parent / "results"
+MONITOR = 256
+NEVER = 10**9
+
+#: Method: its optimizer, the lr grid, further options of :class:`Config`.
+METHODS: dict[str, tuple[str, list[float], dict[str, Any]]] = {
+    "adaqn (PAPER)": ("adaqn", [0.003, 0.006, 0.012, 0.024], {"preset": "paper"}),
+    "adaqn (PAPER, monitor)": (
+        "adaqn",
+        [0.003, 0.006, 0.012, 0.024],
+        {"preset": "paper", "monitor": MONITOR},
+    ),
+    "adaqn (PAPER, pairs off)": (
+        "adaqn",
+        [0.003, 0.006, 0.012, 0.024],
+        {"preset": "paper", "adaqn": {"update_interval": NEVER}},
+    ),
+    "adam": ("adam", [0.0025, 0.005, 0.01, 0.02], {}),
+    "nadam": ("nadam", [0.0025, 0.005, 0.01, 0.02], {}),
+    "rmsprop": ("rmsprop", [0.0015, 0.003, 0.006, 0.012], {}),
+    "adagrad": ("adagrad", [0.025, 0.05, 0.1, 0.2], {}),
+}
+
+#: Tasks: the options of :class:`Config` that make them.
+TASKS: dict[str, dict[str, Any]] = {
+    "char": dict(level="char", hidden=128, batch=32, bptt=50, steps=1000),
+    "word": dict(level="word", hidden=128, batch=20, bptt=35, steps=400),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method at one lr and seed."""
+
+    method: str
+    lr: float
+    seed: int
+
+
+def config_of(job: Job, task: dict[str, Any], data: str) -> Config:
+    optimizer, _, options = METHODS[job.method]
+    common = dict(model="lstm", optimizer=optimizer, data=data, lr=job.lr, seed=job.seed)
+    return Config(**{**common, **task, **options})
+
+
+def execute(job: Job, task: dict[str, Any], data: str) -> dict[str, Any]:
+    """Run ``job`` in this process; its losses are infinite if it diverged."""
+    torch.set_num_threads(1)
+    config = config_of(job, task, data)
+    run = Run(config, load_corpus(data, config.level))
+    try:
+        result = run.train()
+    except Diverged:
+        result = run.result
+        result.train = result.valid = float("inf")
+    return {"job": asdict(job), "result": asdict(result)}
+
+
+class Ledger:
+    """Finished runs, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.records = [json.loads(line) for line in lines]
+
+    def find(self, job: Job) -> dict[str, Any] | None:
+        return next((r["result"] for r in self.records if r["job"] == asdict(job)), None)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def run_all(jobs: list[Job], ledger: Ledger, task: dict[str, Any], options: Any) -> None:
+    """Run what the ledger lacks, ``options.jobs`` at a time."""
+    missing = [job for job in jobs if ledger.find(job) is None]
+    with ProcessPoolExecutor(options.jobs) as pool, tqdm(total=len(missing), unit="run") as bar:
+        futures = [pool.submit(execute, job, task, options.data) for job in missing]
+        for future in as_completed(futures):
+            record = future.result()
+            ledger.add(record)
+            bar.set_postfix_str(f"{record['job']['method']} {record['result']['valid']:.3f}")
+            bar.update()
+
+
+def best_rate(method: str, ledger: Ledger, seed: int) -> float:
+    """The grid's lr with the lowest validation loss on ``seed``."""
+    grid = METHODS[method][1]
+    return min(grid, key=lambda lr: ledger.find(Job(method, lr, seed))["valid"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--data", required=True, metavar="PATH")
+    parser.add_argument("--steps", type=int, help="default: the task's own")
+    parser.add_argument("--seeds", default="0,1", help="the first one tunes lr")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--work", type=Path, metavar="FILE", help="ledger of finished runs")
+    options = parser.parse_args()
+    task = {**TASKS[options.task], **({"steps": options.steps} if options.steps else {})}
+    seeds = [int(word) for word in options.seeds.split(",")]
+    name = f"language-model-{options.task}"
+    ledger = Ledger(options.work or Path(f"{name}.jsonl"))
+
+    tuning = [Job(m, lr, seeds[0]) for m, (_, grid, _) in METHODS.items() for lr in grid]
+    run_all(tuning, ledger, task, options)
+    rates = {method: best_rate(method, ledger, seeds[0]) for method in METHODS}
+    final = [Job(m, rates[m], seed) for m in METHODS for seed in seeds]
+    run_all(final, ledger, task, options)
+    write(name, ledger, tuning, final, rates, task)
+
+
+def write(
+    name: str,
+    ledger: Ledger,
+    tuning: list[Job],
+    final: list[Job],
+    rates: dict[str, float],
+    task: dict[str, Any],
+) -> None:
+    """The JSON file, the table on the screen, and the picture of the first seed."""
+
+    def record(job: Job) -> dict[str, Any]:
+        result = ledger.find(job)
+        kept = ("train", "valid", "curve", "stats", "parameters", "vocabulary", "data")
+        return {**asdict(job), **{key: result[key] for key in kept}}
+
+    versions = {"adaqn_cuda": adaqn_cuda.__version__, "torch": torch.__version__}
+    # The data's place is the user's own business: only its name is written down.
+    words = [w if w != _data_path(sys.argv) else Path(w).name for w in sys.argv]
+    content = {
+        "command": "python bench/" + shlex.join([Path(words[0]).name, *words[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions,
+        "task": task,
+        "grids": {method: grid for method, (_, grid, _) in METHODS.items()},
+        "best_lr": rates,
+        "final": [record(job) for job in final],
+        "tuning": [{**asdict(job), "valid": ledger.find(job)["valid"]} for job in tuning],
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    for method in METHODS:
+        losses = [f"{ledger.find(job)['valid']:.3f}" for job in final if job.method == method]
+        print(f"{method:26} lr {rates[method]:<7g} valid {'  '.join(losses)}")
+    shown = ("adaqn (PAPER)", "adam", "nadam", "rmsprop", "adagrad")
+    first = [Job(m, rates[m], final[0].seed) for m in shown]
+    plot_comparison([Result(**ledger.find(job)) for job in first], RESULTS / f"{name}.png")
+
+
+def _data_path(words: list[str]) -> str | None:
+    return words[words.index("--data") + 1] if "--data" in words else None
+
+
+if __name__ == "__main__":
+    main()
