@@ -1,0 +1,104 @@
+// The operations of adaqn_cuda/reference.py on a CUDA device, for callers without torch.
+//
+// Every function enqueues kernels on a stream and returns: it allocates nothing, waits for nothing
+// and reads no device memory.  Names, shapes and meaning of the buffers are those of
+// adaqn_cuda/arena.py and reference.py.  Rings are rows of `numel` elements, `stride` apart.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace adaqn::cuda {
+
+enum class Type : uint8_t { f32, f64, bf16, f16 };
+
+constexpr int kMaxHistory = 64;
+
+/// A parameter: contiguous, in device memory.
+struct Tensor {
+  void* param;
+  const void* grad;  // null counts as zero
+  int64_t numel;
+  int32_t group;  // ascending from 0 over the list
+  Type param_type, grad_type;
+};
+
+struct Parameters {
+  const Tensor* tensors;  // host memory
+  int64_t count;
+};
+
+struct Ring {
+  void* data;
+  int64_t stride;  // elements between two rows
+};
+
+/// Pointers into device memory; an operation that does not use one leaves it null.
+struct State {
+  int64_t numel;  // d
+  int64_t fisher_size;
+  int32_t slots;      // history_size + 1
+  Type type;          // vectors: f32 or f64
+  Type pair_type;     // s_ring and y_ring: as `type`, or bf16
+  Type fisher_type;   // fisher: as `type`, or bf16
+  void* accumulator;  // null: the scalar initial matrix
+  void* iterate_sum;
+  void* anchor;
+  void* direction;
+  Ring s_ring, y_ring, fisher;
+  double* gram;
+  double* losses;
+  double* projections;
+  double* images;
+  double* weights;
+  double* column;
+  int64_t* counters;
+};
+
+struct Scaling {
+  const float* grad_scale;  // device memory; null: 1
+  const float* found_inf;   // device memory; null: 0
+  bool maximize;
+};
+
+/// v = keep v + add g^2;  D = 1 / sqrt(v + eps).
+struct Diagonal {
+  double keep, add, eps;
+};
+
+/// Per group; the device arrays, where not null, take precedence.
+struct Rates {
+  const double *lr, *weight_decay;                // host memory
+  const double *lr_tensor, *weight_decay_tensor;  // device memory
+};
+
+/// Where to run.  `workspace` is device memory of `workspace_bytes`, with any content, that no
+/// other work on the device uses until this operation is done.
+struct Queue {
+  cudaStream_t stream;
+  double* workspace;
+};
+
+size_t workspace_bytes(const Parameters&, const State&);
+
+cudaError_t direction_step(const Parameters&, const State&, const Scaling&, const Diagonal&,
+                           const Rates&, const Queue&);
+cudaError_t direction_pass1(const Parameters&, const State&, const Scaling&, const Queue&);
+cudaError_t direction_pass2(const Parameters&, const State&, const Scaling&, const Diagonal&,
+                            const Queue&);
+cudaError_t direction_pass3(const Parameters&, const State&, const Rates&, const Queue&);
+
+/// `direction` takes the parameters set aside.
+cudaError_t iterate_swap(const Parameters&, const State&, const Queue&);
+cudaError_t iterate_restore(const Parameters&, const State&, const Queue&);
+
+cudaError_t curvature_pass_a(const State&, const Queue&);
+cudaError_t curvature_pass_b(const State&, const Queue&);
+
+/// `monitored_loss`: one word in device memory, or null without a monitor.
+cudaError_t curvature_commit(const Parameters&, const State&, const double* monitored_loss,
+                             double min_curvature, double max_increase, const Queue&);
+
+}  // namespace adaqn::cuda

@@ -1,0 +1,271 @@
+// The pair update: y = (1/|F|) sum_j F_j (F_j.s) in two passes over the gradients, and the
+// decision.
+#include "../common/pair_update.h"
+#include "control.cuh"
+#include "launch.cuh"
+
+namespace adaqn::cuda {
+namespace {
+
+/// Gradients that one block of pass A multiplies with s; grid.y covers them all.
+constexpr int kRowsOfBlock = 64;
+
+/// Width of packs that suits rows of both types.
+template <class F, class H>
+constexpr int kWidest = kWidth<F> > kWidth<H> ? kWidth<F> : kWidth<H>;
+
+template <class T>
+__device__ __forceinline__ T average(T total, int64_t count) {
+  return total / T(count > 1 ? count : 1);
+}
+
+/// s = w_n - w_o
+template <class T, int W>
+__device__ __forceinline__ void load_difference(const State& state, int64_t iterates,
+                                                const Pack<W>& at, T (&s)[W]) {
+  T anchor[W];
+  load(static_cast<const T*>(state.iterate_sum), at, s);
+  load(static_cast<const T*>(state.anchor), at, anchor);
+#pragma unroll
+  for (int j = 0; j < W; ++j) s[j] = average(s[j], iterates) - anchor[j];
+}
+
+/// Rows first..first+count-1 of the Fisher ring.
+template <class F>
+__device__ __forceinline__ Rows<F> gradient_rows(const State& state, int64_t first, int count) {
+  const F* data = static_cast<const F*>(state.fisher.data) + first * state.fisher.stride;
+  return {data, state.fisher.stride, 0, count, count};
+}
+
+template <class T, int W, class Visitor>
+__device__ __forceinline__ void visit_flat(const State& state, bool aligned, Order order,
+                                           Visitor visit) {
+  visit_slice<W, kThreads<T>>(
+      0, state.numel, aligned, order, [](int64_t, int) { return true; }, visit);
+}
+
+// ------------------------------------------------------------------ pass A
+
+/// Partial sums: F_j.s per gradient in the ring.
+template <class T, class F>
+__global__ void __launch_bounds__(kThreads<T>, kBlocksPerMultiprocessor)
+    pass_a_kernel(const __grid_constant__ State state, bool aligned, Partials partials) {
+  const int64_t first = int64_t(blockIdx.y) * kRowsOfBlock;
+  const int64_t left = state.counters[counter::gradients] - first;
+  if (left <= 0) return;
+  const int64_t iterates = state.counters[counter::iterates];
+  const Rows<F> rows =
+      gradient_rows<F>(state, first, left < kRowsOfBlock ? int(left) : kRowsOfBlock);
+  T* memory = reinterpret_cast<T*>(shared_memory());
+  Sums<T> sums(memory, rows.count);
+  visit_flat<T, kWidth<F>>(state, aligned, Order::forward, [&](const auto& at) {
+    T s[kPackWidth<decltype(at)>];
+    load_difference(state, iterates, at, s);
+    add_products<Cache::keep>(rows, at, s, sums, 0);
+  });
+  store_partials(memory, rows.count, int(first), partials);
+}
+
+/// weights_j = F_j.s / |F|, zero for rows without a gradient.
+template <class T>
+__global__ void finish_pass_a_kernel(const __grid_constant__ State state, Partials partials) {
+  const int gradients = int(state.counters[counter::gradients]);
+  sum_partials<T>(partials, gradients, state.weights);
+  for (int64_t j = threadIdx.x; j < state.fisher_size; j += blockDim.x) {
+    state.weights[j] = j < gradients ? state.weights[j] / gradients : 0.0;
+  }
+}
+
+// ------------------------------------------------------------------ pass B
+
+/// Shared memory of pass B; `factors` are the weights in the type of arithmetic.
+template <class T>
+struct PassBMemory {
+  T *factors, *sums;
+  size_t bytes;
+
+  __host__ __device__ PassBMemory(unsigned char* base, int slots, int64_t fisher_size) {
+    Carver carver(base);
+    factors = carver.take<T>(fisher_size);
+    sums = carver.take<T>((slots + 1) * kThreads<T>);
+    bytes = carver.bytes();
+  }
+};
+
+/// x as a ring of H keeps it; `stored` is what goes there: zero in place of what is not finite.
+template <class H, class T, int W>
+__device__ __forceinline__ void round_to_ring(T (&x)[W], T (&stored)[W]) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    x[j] = convert<T>(convert<H>(x[j]));
+    stored[j] = is_finite(x[j]) ? x[j] : T(0);
+  }
+}
+
+/// y = sum_j weights_j F_j;  s and y to the free slot.  Partial sums, of the vectors as stored:
+/// s.y, y.y, s_i.y per stored pair.  Infinities and NaNs stay in the sums, where they bar the pair.
+template <class T, class F, class H>
+__global__ void __launch_bounds__(kThreads<T>, kBlocksPerMultiprocessor)
+    pass_b_kernel(const __grid_constant__ State state, bool aligned, Partials partials) {
+  PassBMemory<T> memory(shared_memory(), state.slots, state.fisher_size);
+  const PairRing ring(state.counters, state.slots);
+  const int64_t iterates = state.counters[counter::iterates];
+  const int gradients = int(state.counters[counter::gradients]);
+  const Rows<F> fisher = gradient_rows<F>(state, 0, gradients);
+  const Rows<H> pairs = stored_rows<H>(state.s_ring, ring);
+  H* free_s = static_cast<H*>(state.s_ring.data) + ring.free_slot() * state.s_ring.stride;
+  H* free_y = static_cast<H*>(state.y_ring.data) + ring.free_slot() * state.y_ring.stride;
+  for (int j = threadIdx.x; j < gradients; j += kThreads<T>) {
+    memory.factors[j] = T(state.weights[j]);
+  }
+  Sums<T> sums(memory.sums, 2 + pairs.count);
+  __syncthreads();
+
+  visit_flat<T, kWidest<F, H>>(state, aligned, Order::backward, [&](const auto& at) {
+    constexpr int W = kPackWidth<decltype(at)>;
+    T s[W], y[W] = {}, stored[W];
+    add_combination<Cache::stream>(fisher, memory.factors, at, y);
+    load_difference(state, iterates, at, s);
+    round_to_ring<H>(s, stored);
+    store(free_s, at, stored);
+    round_to_ring<H>(y, stored);
+    store(free_y, at, stored);
+    T sy = 0, yy = 0;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      sy += s[j] * y[j];
+      yy += y[j] * y[j];
+    }
+    sums[0] += sy;
+    sums[1] += yy;
+    add_products<Cache::keep>(pairs, at, y, sums, 2);
+  });
+  store_partials(memory.sums, 2 + pairs.count, 0, partials);
+}
+
+/// column, from the partial sums of pass B.
+template <class T>
+__global__ void finish_pass_b_kernel(const __grid_constant__ State state, Partials partials) {
+  double* totals = reinterpret_cast<double*>(shared_memory());
+  const PairRing ring(state.counters, state.slots);
+  sum_partials<T>(partials, 2 + ring.pairs, totals);
+  for (int age = threadIdx.x; age < state.slots; age += blockDim.x) {
+    const double free_or_zero = age == ring.pairs ? totals[0] : 0.0;
+    state.column[ring.slot(age)] = age < ring.pairs ? totals[2 + age] : free_or_zero;
+  }
+  if (threadIdx.x == 0) state.column[state.slots] = totals[1];
+}
+
+// ------------------------------------------------------------------ commit
+
+__device__ __forceinline__ PairUpdate decide(const State& state, const double* monitored_loss,
+                                             const PairUpdateRule& rule) {
+  return decide_pair_update(state.counters, state.slots, state.column, state.losses, monitored_loss,
+                            rule);
+}
+
+/// w = w_o after a reset;  w_o = w_n if the anchor moves;  w_sum = 0.
+template <class T, int Capacity>
+__global__ void __launch_bounds__(kThreads<T>)
+    commit_kernel(const __grid_constant__ Segments<Capacity> table,
+                  const __grid_constant__ State state, const double* monitored_loss,
+                  PairUpdateRule rule) {
+  const PairUpdate outcome = decide(state, monitored_loss, rule);
+  const int64_t iterates = state.counters[counter::iterates];
+  T* iterate_sum = static_cast<T*>(state.iterate_sum);
+  T* anchor = static_cast<T*>(state.anchor);
+  Cursor<Capacity> cursor(table);
+  visit_segments<T, T>(cursor, Order::forward, [&](const auto& at) {
+    constexpr int W = kPackWidth<decltype(at)>;
+    T x[W];
+    if (outcome == PairUpdate::reset) {
+      load(anchor, at, x);
+      store_param(cursor, at, x);
+    }
+    if (moves_anchor(outcome)) {
+      load(iterate_sum, at, x);
+#pragma unroll
+      for (int j = 0; j < W; ++j) x[j] = average(x[j], iterates);
+      store(anchor, at, x);
+    }
+    const T zero[W] = {};
+    store(iterate_sum, at, zero);
+  });
+}
+
+__global__ void finish_commit_kernel(const __grid_constant__ State state,
+                                     const double* monitored_loss, PairUpdateRule rule) {
+  record_pair_update(decide(state, monitored_loss, rule), state.slots, state.column, monitored_loss,
+                     state.gram, state.losses, state.counters);
+}
+
+// ------------------------------------------------------------------ launchers
+
+/// The grid of a pass over the whole flat vector, and its partial sums.
+template <class T, int W>
+cudaError_t flat_launch(const State& state, const Queue& queue, Shape* shape, Partials* partials) {
+  int limit = 0;
+  ADAQN_CUDA_TRY(max_blocks(&limit));
+  const int blocks = blocks_for<W, kThreads<T>>(0, state.numel, limit);
+  *shape = {dim3(unsigned(blocks)), kThreads<T>, 0};
+  *partials = {queue.workspace, blocks, 0};
+  return cudaSuccess;
+}
+
+template <class T, class F, class H>
+cudaError_t pass_b(const State& state, const Queue& queue) {
+  Shape shape;
+  Partials partials;
+  ADAQN_CUDA_TRY((flat_launch<T, kWidest<F, H>>(state, queue, &shape, &partials)));
+  shape.shared_bytes = PassBMemory<T>(nullptr, state.slots, state.fisher_size).bytes;
+  ADAQN_CUDA_TRY(
+      launch(pass_b_kernel<T, F, H>, shape, queue.stream, state, is_aligned(state), partials));
+  const Shape one{dim3(1), kThreads<T>, (state.slots + 1) * sizeof(double)};
+  return launch(finish_pass_b_kernel<T>, one, queue.stream, state, partials);
+}
+
+}  // namespace
+
+cudaError_t curvature_pass_a(const State& state, const Queue& queue) {
+  return with_types(state.type, state.fisher_type, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using F = typename decltype(types)::H;
+    Shape shape;
+    Partials partials;
+    ADAQN_CUDA_TRY((flat_launch<T, kWidth<F>>(state, queue, &shape, &partials)));
+    shape.blocks.y = unsigned((state.fisher_size + kRowsOfBlock - 1) / kRowsOfBlock);
+    shape.shared_bytes =
+        std::min<int64_t>(state.fisher_size, kRowsOfBlock) * kThreads<T> * sizeof(T);
+    ADAQN_CUDA_TRY(
+        launch(pass_a_kernel<T, F>, shape, queue.stream, state, is_aligned(state), partials));
+    return launch(finish_pass_a_kernel<T>, Shape{dim3(1), kThreads<T>, 0}, queue.stream, state,
+                  partials);
+  });
+}
+
+cudaError_t curvature_pass_b(const State& state, const Queue& queue) {
+  return with_types(state.type, state.fisher_type, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using F = typename decltype(types)::H;
+    return with_types(state.type, state.pair_type, [&](auto pair_types) {
+      using H = typename decltype(pair_types)::H;
+      return pass_b<T, F, H>(state, queue);
+    });
+  });
+}
+
+cudaError_t curvature_commit(const Parameters& list, const State& state,
+                             const double* monitored_loss, double min_curvature,
+                             double max_increase, const Queue& queue) {
+  const PairUpdateRule rule{min_curvature, max_increase};
+  ADAQN_CUDA_TRY(
+      for_each_simple_launch(list, state, [&](auto vectors, const auto& table, const Shape& shape) {
+        using T = decltype(vectors);
+        return launch(commit_kernel<T, kCapacity<decltype(table)>>, shape, queue.stream, table,
+                      state, monitored_loss, rule);
+      }));
+  return launch(finish_commit_kernel, Shape{dim3(1), 1, 0}, queue.stream, state, monitored_loss,
+                rule);
+}
+
+}  // namespace adaqn::cuda

@@ -1,0 +1,64 @@
+// The averaged iterate: put in the parameters' place for the monitor, and undone to the bit.
+#include "control.cuh"
+#include "launch.cuh"
+
+namespace adaqn::cuda {
+namespace {
+
+/// direction = w;  w = w_n, which counts the current iterate if its step is going to be accepted.
+template <class T, int Capacity>
+__global__ void __launch_bounds__(kThreads<T>)
+    swap_kernel(const __grid_constant__ Segments<Capacity> table,
+                const __grid_constant__ State state) {
+  const bool accepted = step_is_accepted(state.projections + state.slots, state.counters);
+  const int64_t count = state.counters[counter::iterates] + accepted;
+  const T* iterate_sum = static_cast<const T*>(state.iterate_sum);
+  T* saved = static_cast<T*>(state.direction);
+  Cursor<Capacity> cursor(table);
+  visit_segments<T, T>(cursor, Order::forward, [&](const auto& at) {
+    constexpr int W = kPackWidth<decltype(at)>;
+    T w[W], sum[W];
+    load_param(cursor, at, w);
+    store(saved, at, w);
+    if (count == 0) return;
+    load(iterate_sum, at, sum);
+#pragma unroll
+    for (int j = 0; j < W; ++j) w[j] = (accepted ? sum[j] + w[j] : sum[j]) / T(count);
+    store_param(cursor, at, w);
+  });
+}
+
+template <class T, int Capacity>
+__global__ void __launch_bounds__(kThreads<T>)
+    restore_kernel(const __grid_constant__ Segments<Capacity> table,
+                   const __grid_constant__ State state) {
+  const T* saved = static_cast<const T*>(state.direction);
+  Cursor<Capacity> cursor(table);
+  visit_segments<T, T>(cursor, Order::backward, [&](const auto& at) {
+    T w[kPackWidth<decltype(at)>];
+    load(saved, at, w);
+    store_param(cursor, at, w);
+  });
+}
+
+}  // namespace
+
+cudaError_t iterate_swap(const Parameters& list, const State& state, const Queue& queue) {
+  return for_each_simple_launch(list, state,
+                                [&](auto vectors, const auto& table, const Shape& shape) {
+                                  using T = decltype(vectors);
+                                  return launch(swap_kernel<T, kCapacity<decltype(table)>>, shape,
+                                                queue.stream, table, state);
+                                });
+}
+
+cudaError_t iterate_restore(const Parameters& list, const State& state, const Queue& queue) {
+  return for_each_simple_launch(list, state,
+                                [&](auto vectors, const auto& table, const Shape& shape) {
+                                  using T = decltype(vectors);
+                                  return launch(restore_kernel<T, kCapacity<decltype(table)>>,
+                                                shape, queue.stream, table, state);
+                                });
+}
+
+}  // namespace adaqn::cuda

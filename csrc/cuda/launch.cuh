@@ -1,0 +1,234 @@
+// From an operation's arguments to kernel launches: types, grids, segment tables.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "reduce.cuh"
+#include "segments.cuh"
+#include "slices.cuh"
+
+namespace adaqn::cuda {
+
+#define ADAQN_CUDA_TRY(expression)                                            \
+  do {                                                                        \
+    if (cudaError_t error = (expression); error != cudaSuccess) return error; \
+  } while (false)
+
+/// Blocks that share a multiprocessor; kernels keep their registers below what that allows.
+constexpr int kBlocksPerMultiprocessor = 2;
+
+// ------------------------------------------------------------------ types
+
+/// T: vectors and arithmetic; H: rows of a ring.
+template <class T_, class H_>
+struct Types {
+  using T = T_;
+  using H = H_;
+};
+
+template <class Function>
+cudaError_t with_types(Type vectors, Type rows, Function function) {
+  if (vectors == Type::f32 && rows == Type::f32) return function(Types<float, float>{});
+  if (vectors == Type::f32 && rows == Type::bf16) return function(Types<float, __nv_bfloat16>{});
+  if (vectors == Type::f64 && rows == Type::f64) return function(Types<double, double>{});
+  if (vectors == Type::f64 && rows == Type::bf16) return function(Types<double, __nv_bfloat16>{});
+  return cudaErrorInvalidValue;
+}
+
+inline int bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+// ------------------------------------------------------------------ launches
+
+struct Shape {
+  dim3 blocks;
+  int threads;
+  size_t shared_bytes;
+  bool cooperative = false;
+};
+
+/// Lets a kernel have more dynamic shared memory than it is granted unasked.
+template <class Kernel>
+cudaError_t grant_shared_memory(Kernel* kernel, const Shape& shape) {
+  constexpr size_t kGrantedBytes = 48 << 10;
+  if (shape.shared_bytes <= kGrantedBytes) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              int(shape.shared_bytes));
+}
+
+/// The kernel's parameters convert from `arguments` as in a call.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  ADAQN_CUDA_TRY(grant_shared_memory(kernel, shape));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.blocks;
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cooperative;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+/// The most blocks of a grid: what runs at once.  The order of summation depends on it, and so the
+/// last bits of a result on the device.
+inline cudaError_t max_blocks(int* blocks) {
+  int device = 0, multiprocessors = 0;
+  ADAQN_CUDA_TRY(cudaGetDevice(&device));
+  ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  *blocks = multiprocessors * kBlocksPerMultiprocessor;
+  return cudaSuccess;
+}
+
+/// Whether all blocks of a grid can run at the same time, as grid barriers need.
+template <class Kernel>
+cudaError_t runs_at_once(bool* result, Kernel* kernel, const Shape& shape) {
+  int device = 0, multiprocessors = 0, cooperative = 0, blocks = 0;
+  ADAQN_CUDA_TRY(cudaGetDevice(&device));
+  ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+  ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  ADAQN_CUDA_TRY(grant_shared_memory(kernel, shape));
+  ADAQN_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads,
+                                                               shape.shared_bytes));
+  *result = cooperative && int64_t(shape.blocks.x) <= int64_t(blocks) * multiprocessors;
+  return cudaSuccess;
+}
+
+/// Blocks for [first, end): enough that each thread has a pack, but no more than `limit`.
+template <int W, int Threads>
+int blocks_for(int64_t first, int64_t end, int limit) {
+  const int64_t packs = (end + W - 1) / W - first / W;
+  return int(std::clamp<int64_t>((packs + Threads - 1) / Threads, 1, limit));
+}
+
+// ------------------------------------------------------------------ alignment
+
+inline bool is_aligned(const Ring& ring, Type type) {
+  return reinterpret_cast<uintptr_t>(ring.data) % 16 == 0 &&
+         (ring.stride * bytes_of(type)) % 16 == 0;
+}
+
+/// Whether every flat array of the state begins at a 16-byte boundary, rows included.
+inline bool is_aligned(const State& s) {
+  for (const void* p : {s.accumulator, s.iterate_sum, s.anchor, s.direction}) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  }
+  return is_aligned(s.s_ring, s.pair_type) && is_aligned(s.y_ring, s.pair_type) &&
+         is_aligned(s.fisher, s.fisher_type);
+}
+
+// ------------------------------------------------------------------ segment tables
+
+/// Tensors [tensor, next_tensor) of the list, which one table holds.
+struct TableRange {
+  int64_t tensor = 0, next_tensor = 0;
+  int64_t flat = 0, next_flat = 0;
+  int32_t first_group = 0;
+};
+
+/// The range after `last`; empty tensors take no place in a table.
+inline TableRange next_range(const Parameters& list, const TableRange& last) {
+  TableRange range{last.next_tensor, last.next_tensor, last.next_flat, last.next_flat, -1};
+  for (int64_t held = 0; range.next_tensor < list.count; ++range.next_tensor) {
+    const Tensor& t = list.tensors[range.next_tensor];
+    if (t.numel == 0) continue;
+    if (range.first_group < 0) range.first_group = t.group;
+    if (held == kLargeTable || t.group - range.first_group >= kTableGroups) break;
+    range.next_flat += t.numel;
+    ++held;
+  }
+  return range;
+}
+
+template <int Capacity>
+void fill_table(Segments<Capacity>& table, const Parameters& list, const TableRange& range,
+                bool aligned) {
+  int n = 0;
+  int64_t flat = range.flat;
+  for (int64_t k = range.tensor; k < range.next_tensor; ++k) {
+    const Tensor& t = list.tensors[k];
+    if (t.numel == 0) continue;
+    table.param[n] = t.param;
+    table.grad[n] = t.grad;
+    table.param_type[n] = t.param_type;
+    table.grad_type[n] = t.grad_type;
+    table.group[n] = uint8_t(t.group - range.first_group);
+    table.begin[n++] = flat;
+    flat += t.numel;
+  }
+  table.begin[n] = flat;
+  table.count = n;
+  table.aligned = aligned;
+}
+
+/// Calls function(table, range) for tables that together hold all parameters, in order.
+template <class Function>
+cudaError_t for_each_table(const Parameters& list, const State& state, Function function) {
+  const bool aligned = is_aligned(state);
+  TableRange range;
+  while (range.next_tensor < list.count) {
+    range = next_range(list, range);
+    if (range.next_flat == range.flat) continue;
+    if (range.next_tensor - range.tensor <= kSmallTable) {
+      Segments<kSmallTable> table;
+      fill_table(table, list, range, aligned);
+      ADAQN_CUDA_TRY(function(table, range));
+    } else {
+      Segments<kLargeTable> table;
+      fill_table(table, list, range, aligned);
+      ADAQN_CUDA_TRY(function(table, range));
+    }
+  }
+  return cudaSuccess;
+}
+
+/// Blocks of all launches over the parameters, one launch per table.
+template <class T, int W>
+int64_t total_blocks(const Parameters& list, int limit) {
+  int64_t blocks = 0;
+  TableRange range;
+  while (range.next_tensor < list.count) {
+    range = next_range(list, range);
+    if (range.next_flat == range.flat) continue;
+    blocks += blocks_for<W, kThreads<T>>(range.flat, range.next_flat, limit);
+  }
+  return blocks;
+}
+
+/// Calls enqueue(table, range, shape) for every table, with `partials` at the launch's columns.
+template <class T, int W, class Enqueue>
+cudaError_t for_each_launch(const Parameters& list, const State& state, size_t shared_bytes,
+                            Partials& partials, Enqueue enqueue) {
+  int limit = 0;
+  ADAQN_CUDA_TRY(max_blocks(&limit));
+  partials.columns = total_blocks<T, W>(list, limit);
+  partials.first = 0;
+  return for_each_table(list, state, [&](const auto& table, const TableRange& range) {
+    const int blocks = blocks_for<W, kThreads<T>>(range.flat, range.next_flat, limit);
+    ADAQN_CUDA_TRY(enqueue(table, range, Shape{dim3(unsigned(blocks)), kThreads<T>, shared_bytes}));
+    partials.first += blocks;
+    return cudaSuccess;
+  });
+}
+
+/// Calls enqueue(T{}, table, shape) for every table: kernels that reduce nothing.
+template <class Enqueue>
+cudaError_t for_each_simple_launch(const Parameters& list, const State& state, Enqueue enqueue) {
+  return with_types(state.type, state.type, [&](auto types) {
+    using T = typename decltype(types)::T;
+    Partials unused{};
+    return for_each_launch<T, kWidth<T>>(
+        list, state, 0, unused, [&](const auto& table, const TableRange&, const Shape& shape) {
+          return enqueue(T{}, table, shape);
+        });
+  });
+}
+
+}  // namespace adaqn::cuda

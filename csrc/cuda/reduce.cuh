@@ -1,0 +1,57 @@
+// Sums over all elements in a fixed order: threads into a block's partial sums, in float64, and
+// those into totals.  No atomics, so the same input gives the same bits.
+
+#pragma once
+
+#include "rows.cuh"
+
+namespace adaqn::cuda {
+
+/// Partial sums: row i holds one word per block of every launch that contributes to it.
+struct Partials {
+  double* data;
+  int64_t columns;
+  int64_t first;  // column of this launch's first block
+
+  __device__ __forceinline__ const double* row(int i) const { return data + i * columns; }
+};
+
+/// The sum over the lanes of a warp, the same bits in every lane.
+__device__ __forceinline__ double warp_sum(double x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
+/// Adds up `memory`, where Sums put them, over the threads of the block; row i goes to row
+/// first_row + i of `partials`.  All threads of the block call it.
+template <class T>
+__device__ void store_partials(const T* memory, int count, int first_row,
+                               const Partials& partials) {
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < count; i += kThreads<T> / 32) {
+    double sum = 0;
+    for (int t = lane; t < kThreads<T>; t += 32) sum += memory[i * kThreads<T> + t];
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      partials.data[(first_row + i) * partials.columns + partials.first + blockIdx.x] = sum;
+    }
+  }
+}
+
+/// Totals of rows 0..count-1 of `partials` to out[i].  All threads of the block call it; the
+/// totals are there after its last line.
+template <class T>
+__device__ void sum_partials(const Partials& partials, int count, double* out) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < count; i += kThreads<T> / 32) {
+    double sum = 0;
+    for (int64_t k = lane; k < partials.columns; k += 32) sum += partials.row(i)[k];
+    sum = warp_sum(sum);
+    if (lane == 0) out[i] = sum;
+  }
+  __syncthreads();
+}
+
+}  // namespace adaqn::cuda

@@ -1,0 +1,147 @@
+// The segment table: where in the flat vector each parameter lies, passed to kernels by value.
+
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "memory.cuh"
+#include "slices.cuh"
+
+namespace adaqn::cuda {
+
+/// Groups that one table can tell apart.
+constexpr int kTableGroups = 64;
+
+/// Tables come in two capacities, because the driver copies all of it at every launch.  The larger
+/// one fills what kernel parameters may take (32,764 bytes) up to the other arguments.
+constexpr int kSmallTable = 64, kLargeTable = 1024;
+
+/// Parameters `0..count-1` fill [begin[0], begin[count]) of the flat vector; none of them is empty.
+template <int Capacity>
+struct Segments {
+  static constexpr int kCapacity = Capacity;
+  void* param[Capacity];
+  const void* grad[Capacity];
+  int64_t begin[Capacity + 1];
+  uint8_t group[Capacity];  // counted from the table's first group
+  Type param_type[Capacity];
+  Type grad_type[Capacity];
+  int count;
+  bool aligned;  // every flat array and ring row begins at a 16-byte boundary
+};
+
+template <class Table>
+constexpr int kCapacity = std::decay_t<Table>::kCapacity;
+
+template <class Visitor>
+__device__ __forceinline__ void with_type(Type type, Visitor visit) {
+  if (type == Type::f32) return visit(float{});
+  if (type == Type::f64) return visit(double{});
+  if (type == Type::bf16) return visit(__nv_bfloat16{});
+  visit(__half{});
+}
+
+/// Finds the segment of an element; cheap while successive elements share one.
+template <int Capacity>
+class Cursor {
+ public:
+  __device__ explicit Cursor(const Segments<Capacity>& table) : table(table) {}
+
+  /// Makes `segment` that of element i; whether it holds the next `width` elements, too.
+  __device__ __forceinline__ bool seek(int64_t i, int width) {
+    if (i < begin_ || i >= end_) find(i);
+    return i + width <= end_;
+  }
+
+  /// Where element i of the flat vector lies in the segment.
+  __device__ __forceinline__ int64_t offset(int64_t i) const { return i - begin_; }
+
+  const Segments<Capacity>& table;
+  int segment = 0;
+
+ private:
+  __device__ void find(int64_t i) {
+    int low = 0, high = table.count;  // begin[low] <= i < begin[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (table.begin[middle] <= i ? low : high) = middle;
+    }
+    segment = low;
+    begin_ = table.begin[low];
+    end_ = table.begin[low + 1];
+  }
+
+  int64_t begin_ = 0, end_ = 0;
+};
+
+/// Elements from an address that may be unaligned.
+template <class T, class U, int W>
+__device__ __forceinline__ void load_anywhere(const U* p, T (&out)[W]) {
+  U raw[W];
+  if (is_aligned<U, W>(p)) {
+    load_vector<Cache::keep>(p, raw);
+  } else {
+#pragma unroll
+    for (int j = 0; j < W; ++j) raw[j] = p[j];
+  }
+#pragma unroll
+  for (int j = 0; j < W; ++j) out[j] = convert<T>(raw[j]);
+}
+
+template <class T, class U, int W>
+__device__ __forceinline__ void store_anywhere(U* p, const T (&values)[W]) {
+  U raw[W];
+#pragma unroll
+  for (int j = 0; j < W; ++j) raw[j] = convert<U>(values[j]);
+  if (is_aligned<U, W>(p)) {
+    store_vector<Cache::keep>(p, raw);
+  } else {
+#pragma unroll
+    for (int j = 0; j < W; ++j) p[j] = raw[j];
+  }
+}
+
+/// Elements of a pack in the cursor's segment; zero where it has no gradient.
+template <class T, int W, int Capacity>
+__device__ __forceinline__ void load_grad(const Cursor<Capacity>& cursor, const Pack<W>& at,
+                                          T (&g)[W]) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) g[j] = 0;
+  const void* grad = cursor.table.grad[cursor.segment];
+  if (!grad) return;
+  with_type(cursor.table.grad_type[cursor.segment], [&](auto tag) {
+    load_anywhere(static_cast<const decltype(tag)*>(grad) + cursor.offset(at.begin), g);
+  });
+}
+
+template <class T, int W, int Capacity>
+__device__ __forceinline__ void load_param(const Cursor<Capacity>& cursor, const Pack<W>& at,
+                                           T (&w)[W]) {
+  const void* param = cursor.table.param[cursor.segment];
+  with_type(cursor.table.param_type[cursor.segment], [&](auto tag) {
+    load_anywhere(static_cast<const decltype(tag)*>(param) + cursor.offset(at.begin), w);
+  });
+}
+
+template <class T, int W, int Capacity>
+__device__ __forceinline__ void store_param(const Cursor<Capacity>& cursor, const Pack<W>& at,
+                                            const T (&w)[W]) {
+  void* param = cursor.table.param[cursor.segment];
+  with_type(cursor.table.param_type[cursor.segment], [&](auto tag) {
+    store_anywhere(static_cast<decltype(tag)*>(param) + cursor.offset(at.begin), w);
+  });
+}
+
+/// Calls visit(pack) for packs that make up this block's slice of the table's elements, with the
+/// cursor at their segment.
+template <class T, class H, int Capacity, class Visitor>
+__device__ __forceinline__ void visit_segments(Cursor<Capacity>& cursor, Order order,
+                                               Visitor visit) {
+  const Segments<Capacity>& table = cursor.table;
+  visit_slice<kWidth<H>, kThreads<T>>(
+      table.begin[0], table.begin[table.count], table.aligned, order,
+      [&](int64_t i, int width) { return cursor.seek(i, width); }, visit);
+}
+
+}  // namespace adaqn::cuda

@@ -1,0 +1,50 @@
+// Which block works on which elements: one contiguous slice of the flat vector per block.
+
+#pragma once
+
+#include <cstdint>
+
+#include "memory.cuh"
+
+namespace adaqn::cuda {
+
+/// Threads of a block, for vectors of T.
+template <class T>
+constexpr int kThreads = 1024 / sizeof(T);
+
+/// Elements that a thread takes at a time: 16 bytes of a row of H.
+template <class H>
+constexpr int kWidth = 16 / sizeof(H);
+
+enum class Order { forward, backward };
+
+/// Calls visit(pack) for packs that make up this block's slice of [first, end): W elements wide
+/// where they are aligned, inside [first, end) and fits(i), else 1 wide.
+template <int W, int Threads, class Fits, class Visitor>
+__device__ __forceinline__ void visit_slice(int64_t first, int64_t end, bool aligned, Order order,
+                                            Fits fits, Visitor visit) {
+  // A thread takes units of `width` elements, which begin at multiples of it.
+  constexpr int kGrain = 32;  // units: slices begin at whole warps
+  const int width = aligned ? W : 1;
+  const int64_t first_unit = first / width, end_unit = (end + width - 1) / width;
+  int64_t size = (end_unit - first_unit + gridDim.x - 1) / gridDim.x;
+  size = (size + kGrain - 1) / kGrain * kGrain;
+  const int64_t from = first_unit + blockIdx.x * size;
+  const int64_t to = from + size < end_unit ? from + size : end_unit;
+  const int64_t chunks = to > from ? (to - from + Threads - 1) / Threads : 0;
+  for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t chunk = order == Order::forward ? k : chunks - 1 - k;
+    const int64_t unit = from + chunk * Threads + threadIdx.x;
+    if (unit >= to) continue;
+    const int64_t i = unit * width;
+    if (aligned && i >= first && i + W <= end && fits(i, W)) {
+      visit(Pack<W>{i});
+      continue;
+    }
+    for (int64_t j = i < first ? first : i; j < i + width && j < end; ++j) {
+      if (fits(j, 1)) visit(Pack<1>{j});
+    }
+  }
+}
+
+}  // namespace adaqn::cuda

@@ -1,0 +1,184 @@
+"""The CUDA kernels on the CPU: builds the emulation, and offers it as the operations' namespace."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from functools import cache
+from itertools import chain, repeat
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@cache
+def build() -> ModuleType:
+    """The extension module, rebuilt where sources have changed."""
+    import pybind11
+
+    source = ROOT / "tests" / "emulation"
+    commands = [
+        ["cmake", "-S", source, "-B", BUILD, "-GNinja", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-DPYTHON_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        ["cmake", "--build", BUILD],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    [path] = BUILD.glob("adaqn_cuda_emulated*.so")
+    spec = importlib.util.spec_from_file_location("adaqn_cuda_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(params, grads=None, group_sizes=None) -> list[tuple]:
+    """Tensors as the bindings take them."""
+    groups = chain.from_iterable(repeat(k, n) for k, n in enumerate(group_sizes or [len(params)]))
+    result = []
+    for p, g, group in zip(params, grads or [None] * len(params), groups, strict=True):
+        assert p.is_contiguous() and (g is None or g.is_contiguous())
+        kinds = (TYPES[p.dtype], TYPES[p.dtype if g is None else g.dtype])
+        result.append((address(p), address(g), p.numel(), group, *kinds))
+    return result
+
+
+def state(vector_type: torch.dtype, numel: int, **buffers: Tensor | None) -> dict[str, int]:
+    """Buffers of :class:`adaqn_cuda.arena.Sizes` by name, as the bindings take them."""
+    result = {"numel": numel, "slots": 1, "fisher_size": 1, "type": TYPES[vector_type]}
+    result.update(pair_type=TYPES[vector_type], fisher_type=TYPES[vector_type])
+    for name, buffer in buffers.items():
+        result[name] = address(buffer)
+        if name in ("s_ring", "y_ring", "fisher"):
+            result[name + "_stride"] = buffer.stride(0)
+    for name in ("s_ring", "y_ring"):
+        if name in buffers:
+            result["pair_type"] = TYPES[buffers[name].dtype]
+            result["slots"] = len(buffers[name])
+    if "gram" in buffers:
+        result["slots"] = buffers["gram"].shape[1]
+    if "fisher" in buffers:
+        result["fisher_type"] = TYPES[buffers["fisher"].dtype]
+        result["fisher_size"] = len(buffers["fisher"])
+    return result
+
+
+class EmulatedOps:
+    """The operations of :data:`adaqn_cuda.ops.SCHEMAS`, by the emulated CUDA kernels."""
+
+    def __init__(self, multiprocessors=2, blocks=2, reverse_order=False):
+        self.device = (multiprocessors, blocks, reverse_order)
+
+    def _module(self) -> ModuleType:
+        module = build()
+        module.configure(*self.device)
+        return module
+
+    def direction_step(
+        self, params, grads, s_ring, y_ring, gram, grad_scale, found_inf, maximize, keep, add, eps,
+        group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, accumulator, fisher,
+        iterate_sum, direction, projections, images, counters,
+    ):  # fmt: skip
+        self._module().direction_step(
+            rows(params, grads, group_sizes),
+            state(
+                direction.dtype, direction.numel(), s_ring=s_ring, y_ring=y_ring, gram=gram,
+                accumulator=accumulator, fisher=fisher, iterate_sum=iterate_sum,
+                direction=direction, projections=projections, images=images, counters=counters,
+            ),
+            address(grad_scale), address(found_inf), maximize, keep, add, eps, lr, weight_decay,
+            address(lr_tensor), address(weight_decay_tensor),
+        )  # fmt: skip
+
+    def direction_pass1(
+        self, params, grads, s_ring, counters, grad_scale, found_inf, maximize, projections
+    ):
+        vector_type = torch.float64 if any(p.dtype == torch.float64 for p in params) else None
+        self._module().direction_pass1(
+            rows(params, grads),
+            state(
+                vector_type or torch.float32, s_ring.shape[1], s_ring=s_ring,
+                projections=projections, counters=counters,
+            ),
+            address(grad_scale), address(found_inf), maximize,
+        )  # fmt: skip
+
+    def direction_pass2(
+        self, params, grads, y_ring, gram, counters, projections, grad_scale, maximize, keep, add,
+        eps, accumulator, fisher, direction, images,
+    ):  # fmt: skip
+        self._module().direction_pass2(
+            rows(params, grads),
+            state(
+                direction.dtype, direction.numel(), y_ring=y_ring, gram=gram,
+                accumulator=accumulator, fisher=fisher, direction=direction,
+                projections=projections, images=images, counters=counters,
+            ),
+            address(grad_scale), maximize, keep, add, eps,
+        )  # fmt: skip
+
+    def direction_pass3(
+        self, params, s_ring, gram, projections, images, direction, group_sizes, lr, weight_decay,
+        lr_tensor, weight_decay_tensor, fisher_size, iterate_sum, counters,
+    ):  # fmt: skip
+        words = state(
+            direction.dtype, direction.numel(), s_ring=s_ring, gram=gram, iterate_sum=iterate_sum,
+            direction=direction, projections=projections, images=images, counters=counters,
+        )  # fmt: skip
+        self._module().direction_pass3(
+            rows(params, None, group_sizes), {**words, "fisher_size": fisher_size}, lr,
+            weight_decay, address(lr_tensor), address(weight_decay_tensor),
+        )  # fmt: skip
+
+    def iterate_swap(self, params, iterate_sum, projections, counters, saved):
+        words = state(
+            saved.dtype, saved.numel(), iterate_sum=iterate_sum, projections=projections,
+            counters=counters, direction=saved,
+        )  # fmt: skip
+        self._module().iterate_swap(rows(params), {**words, "slots": len(projections) - 2})
+
+    def iterate_restore(self, params, saved):
+        words = state(saved.dtype, saved.numel(), direction=saved)
+        self._module().iterate_restore(rows(params), words)
+
+    def curvature_pass_a(self, fisher, iterate_sum, anchor, counters, weights):
+        self._module().curvature_pass_a(
+            state(
+                iterate_sum.dtype, iterate_sum.numel(), fisher=fisher, iterate_sum=iterate_sum,
+                anchor=anchor, counters=counters, weights=weights,
+            )
+        )  # fmt: skip
+
+    def curvature_pass_b(
+        self, fisher, iterate_sum, anchor, counters, weights, s_ring, y_ring, column
+    ):
+        self._module().curvature_pass_b(
+            state(
+                iterate_sum.dtype, iterate_sum.numel(), fisher=fisher, iterate_sum=iterate_sum,
+                anchor=anchor, counters=counters, weights=weights, s_ring=s_ring, y_ring=y_ring,
+                column=column,
+            )
+        )  # fmt: skip
+
+    def curvature_commit(
+        self, params, column, monitored_loss, min_curvature, max_increase, gram, losses, anchor,
+        iterate_sum, counters,
+    ):  # fmt: skip
+        words = state(
+            anchor.dtype, anchor.numel(), column=column, gram=gram, losses=losses, anchor=anchor,
+            iterate_sum=iterate_sum, counters=counters,
+        )  # fmt: skip
+        self._module().curvature_commit(
+            rows(params), words, address(monitored_loss), min_curvature, max_increase
+        )

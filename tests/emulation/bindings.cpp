@@ -1,0 +1,170 @@
+// The CUDA operations, run on the CPU by the emulation, for Python: addresses and sizes in, errors
+// as exceptions.  tests/emulated.py turns tensors into such calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../../csrc/cuda/adaqn_cuda.h"
+
+namespace py = pybind11;
+using namespace adaqn::cuda;
+
+namespace {
+
+using Row = std::tuple<uintptr_t, uintptr_t, int64_t, int32_t, int, int>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+/// Tensors of a call as (param, grad, numel, group, param type, grad type).
+struct List {
+  std::vector<Tensor> tensors;
+
+  explicit List(const std::vector<Row>& rows) {
+    for (const auto& [param, grad, numel, group, param_type, grad_type] : rows) {
+      tensors.push_back({pointer<void>(param), pointer<void>(grad), numel, group, Type(param_type),
+                         Type(grad_type)});
+    }
+  }
+  operator Parameters() const { return {tensors.data(), int64_t(tensors.size())}; }
+};
+
+State state_of(const py::dict& d) {
+  auto integer = [&](const char* name) { return d[name].cast<int64_t>(); };
+  auto address = [&](const char* name) {
+    return d.contains(name) ? d[name].cast<uintptr_t>() : uintptr_t(0);
+  };
+  auto vector = [&](const char* name) { return pointer<void>(address(name)); };
+  auto words = [&](const char* name) { return pointer<double>(address(name)); };
+  auto ring = [&](const char* name) {
+    const std::string stride = std::string(name) + "_stride";
+    return Ring{vector(name), d.contains(stride.c_str()) ? integer(stride.c_str()) : 0};
+  };
+  State s{};
+  s.numel = integer("numel");
+  s.fisher_size = integer("fisher_size");
+  s.slots = int32_t(integer("slots"));
+  s.type = Type(integer("type"));
+  s.pair_type = Type(integer("pair_type"));
+  s.fisher_type = Type(integer("fisher_type"));
+  s.accumulator = vector("accumulator");
+  s.iterate_sum = vector("iterate_sum");
+  s.anchor = vector("anchor");
+  s.direction = vector("direction");
+  s.s_ring = ring("s_ring");
+  s.y_ring = ring("y_ring");
+  s.fisher = ring("fisher");
+  s.gram = words("gram");
+  s.losses = words("losses");
+  s.projections = words("projections");
+  s.images = words("images");
+  s.weights = words("weights");
+  s.column = words("column");
+  s.counters = pointer<int64_t>(address("counters"));
+  return s;
+}
+
+/// A workspace of exactly the size asked for, full of NaN, whose overrun is an error.
+class Workspace {
+ public:
+  Workspace(const Parameters& list, const State& state)
+      : words_(workspace_bytes(list, state) / sizeof(double) + kGuard, kNan) {}
+  Queue queue() { return {nullptr, words_.data()}; }
+  void check(cudaError_t error) const {
+    if (error != cudaSuccess) throw std::runtime_error("CUDA error " + std::to_string(error));
+    for (size_t i = words_.size() - kGuard; i < words_.size(); ++i) {
+      if (words_[i] == words_[i]) throw std::runtime_error("write past the end of the workspace");
+    }
+  }
+
+ private:
+  static constexpr size_t kGuard = 64;
+  static constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  std::vector<double> words_;
+};
+
+Scaling scaling_of(uintptr_t grad_scale, uintptr_t found_inf, bool maximize) {
+  return {pointer<float>(grad_scale), pointer<float>(found_inf), maximize};
+}
+
+/// Runs operation(list, state, queue).
+template <class Operation>
+void run(const std::vector<Row>& rows, const py::dict& d, Operation operation) {
+  const List list(rows);
+  const State state = state_of(d);
+  Workspace workspace(list, state);
+  workspace.check(operation(list, state, workspace.queue()));
+}
+
+using Rows = std::vector<Row>;
+using Values = std::vector<double>;
+
+}  // namespace
+
+PYBIND11_MODULE(adaqn_cuda_emulated, m) {
+  m.def("configure", [](int multiprocessors, int blocks, bool reverse_order) {
+    emulation::multiprocessors = multiprocessors;
+    emulation::blocks_per_multiprocessor = blocks;
+    emulation::reverse_order = reverse_order;
+  });
+  m.def("launches", [] { return emulation::launches; });
+  m.def("direction_step", [](const Rows& rows, const py::dict& state, uintptr_t scale,
+                             uintptr_t found_inf, bool maximize, double keep, double add,
+                             double eps, const Values& lr, const Values& decay, uintptr_t lr_tensor,
+                             uintptr_t decay_tensor) {
+    run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+      return direction_step(
+          list, s, scaling_of(scale, found_inf, maximize), {keep, add, eps},
+          {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)},
+          queue);
+    });
+  });
+  m.def("direction_pass1", [](const Rows& rows, const py::dict& state, uintptr_t scale,
+                              uintptr_t found_inf, bool maximize) {
+    run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+      return direction_pass1(list, s, scaling_of(scale, found_inf, maximize), queue);
+    });
+  });
+  m.def("direction_pass2", [](const Rows& rows, const py::dict& state, uintptr_t scale,
+                              bool maximize, double keep, double add, double eps) {
+    run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+      return direction_pass2(list, s, scaling_of(scale, 0, maximize), {keep, add, eps}, queue);
+    });
+  });
+  m.def("direction_pass3", [](const Rows& rows, const py::dict& state, const Values& lr,
+                              const Values& decay, uintptr_t lr_tensor, uintptr_t decay_tensor) {
+    run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+      return direction_pass3(
+          list, s,
+          {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)},
+          queue);
+    });
+  });
+  m.def("iterate_swap",
+        [](const Rows& rows, const py::dict& state) { run(rows, state, iterate_swap); });
+  m.def("iterate_restore",
+        [](const Rows& rows, const py::dict& state) { run(rows, state, iterate_restore); });
+  m.def("curvature_pass_a", [](const py::dict& state) {
+    run({}, state, [](const Parameters&, const State& s, const Queue& queue) {
+      return curvature_pass_a(s, queue);
+    });
+  });
+  m.def("curvature_pass_b", [](const py::dict& state) {
+    run({}, state, [](const Parameters&, const State& s, const Queue& queue) {
+      return curvature_pass_b(s, queue);
+    });
+  });
+  m.def("curvature_commit", [](const Rows& rows, const py::dict& state, uintptr_t loss,
+                               double min_curvature, double max_increase) {
+    run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+      return curvature_commit(list, s, pointer<double>(loss), min_curvature, max_increase, queue);
+    });
+  });
+}
