@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from . import reference
+from . import native, reference
 
 SCHEMAS = {
     "direction_step": (
@@ -96,7 +96,7 @@ _DISPATCHED = SimpleNamespace(**{name: getattr(torch.ops.adaqn, name).default fo
 
 def native_obstacle(device: torch.device) -> str | None:
     """Why native kernels cannot serve ``device``, and the remedy; ``None`` if they can."""
-    return f"this build of adaqn_cuda has no native kernels for {device.type}"
+    return native.obstacle(device.type)
 
 
 def select_backend(device: torch.device, fused: bool | None) -> Backend:

@@ -1,0 +1,80 @@
+// Products of many rows with one vector, and sums of many rows, one block of columns at a time.
+//
+// R is the dtype of the rows in memory, T that of arithmetic and of blocks.  Lanes of a sum are as
+// wide as the machine's vectors and at most a block long; the sums of blocks are doubles.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "number.h"
+
+namespace adaqn::cpu {
+
+/// A matrix in memory: rows of `columns` elements.
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  int64_t rows;
+  int64_t columns;
+};
+
+template <class R>
+R* row(const Matrix& matrix, int64_t index) {
+  return static_cast<R*>(matrix.data) + index * matrix.columns;
+}
+
+/// sums[i] += rows[i][at..at+n] . x
+template <class T, class R>
+inline void add_products(const std::vector<const R*>& rows, int64_t at, int64_t n, const T* x,
+                         double* sums) {
+  size_t i = 0;
+  for (; i + 4 <= rows.size(); i += 4) {
+    const R *r0 = rows[i] + at, *r1 = rows[i + 1] + at;
+    const R *r2 = rows[i + 2] + at, *r3 = rows[i + 3] + at;
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t k = 0; k < n; ++k) {
+      s0 += widen(r0[k]) * x[k];
+      s1 += widen(r1[k]) * x[k];
+      s2 += widen(r2[k]) * x[k];
+      s3 += widen(r3[k]) * x[k];
+    }
+    sums[i] += s0;
+    sums[i + 1] += s1;
+    sums[i + 2] += s2;
+    sums[i + 3] += s3;
+  }
+  for (; i < rows.size(); ++i) {
+    const R* r = rows[i] + at;
+    T s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t k = 0; k < n; ++k) s += widen(r[k]) * x[k];
+    sums[i] += s;
+  }
+}
+
+/// x += sum_i coefficients[i] rows[i][at..at+n]
+template <class T, class R>
+inline void add_combination(const std::vector<const R*>& rows, const std::vector<T>& coefficients,
+                            int64_t at, int64_t n, T* x) {
+  size_t i = 0;
+  for (; i + 4 <= rows.size(); i += 4) {
+    const R *r0 = rows[i] + at, *r1 = rows[i + 1] + at;
+    const R *r2 = rows[i + 2] + at, *r3 = rows[i + 3] + at;
+    const T c0 = coefficients[i], c1 = coefficients[i + 1];
+    const T c2 = coefficients[i + 2], c3 = coefficients[i + 3];
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      x[k] += c0 * widen(r0[k]) + c1 * widen(r1[k]) + c2 * widen(r2[k]) + c3 * widen(r3[k]);
+    }
+  }
+  for (; i < rows.size(); ++i) {
+    const R* r = rows[i] + at;
+    const T c = coefficients[i];
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) x[k] += c * widen(r[k]);
+  }
+}
+
+}  // namespace adaqn::cpu

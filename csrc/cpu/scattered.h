@@ -1,0 +1,156 @@
+// A flat vector whose elements live in many tensors of any layout and dtype.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "number.h"
+
+namespace adaqn::cpu {
+
+/// Sizes and strides of a tensor that is not contiguous; borrowed.
+struct Layout {
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+};
+
+/// A tensor's part of the flat vector: elements start..end, in the tensor's logical order.
+struct Segment {
+  void* data;  ///< null: all zero
+  Dtype dtype;
+  bool contiguous;
+  Layout layout;
+  int64_t start;
+  int64_t end;
+};
+
+/// The memory offset of one element after the other.
+class Walk {
+ public:
+  Walk(const Layout& layout, int64_t element) : layout_(layout), index_(layout.dim) {
+    for (int64_t k = layout.dim - 1; k >= 0; --k) {
+      index_[k] = element % layout.sizes[k];
+      element /= layout.sizes[k];
+      offset_ += index_[k] * layout.strides[k];
+    }
+  }
+
+  int64_t offset() const { return offset_; }
+
+  void next() {
+    for (int64_t k = layout_.dim - 1; k >= 0; --k) {
+      offset_ += layout_.strides[k];
+      if (++index_[k] < layout_.sizes[k]) return;
+      offset_ -= layout_.sizes[k] * layout_.strides[k];
+      index_[k] = 0;
+    }
+  }
+
+ private:
+  const Layout& layout_;
+  std::vector<int64_t> index_;
+  int64_t offset_ = 0;
+};
+
+template <class T, class E>
+[[gnu::noinline]] void load_strided(const Segment& segment, int64_t first, int64_t n, T* to) {
+  Walk walk(segment.layout, first);
+  for (int64_t i = 0; i < n; ++i, walk.next()) {
+    to[i] = convert<T>(static_cast<const E*>(segment.data)[walk.offset()]);
+  }
+}
+
+template <class T, class E>
+[[gnu::noinline]] void store_strided(const Segment& segment, int64_t first, int64_t n,
+                                     const T* from) {
+  Walk walk(segment.layout, first);
+  for (int64_t i = 0; i < n; ++i, walk.next()) {
+    static_cast<E*>(segment.data)[walk.offset()] = convert<E>(from[i]);
+  }
+}
+
+template <class T, class E>
+inline void load_elements(const Segment& segment, int64_t first, int64_t n, T* to) {
+  if (!segment.contiguous) return load_strided<T, E>(segment, first, n, to);
+  const E* from = static_cast<const E*>(segment.data) + first;
+  for (int64_t i = 0; i < n; ++i) to[i] = convert<T>(from[i]);
+}
+
+template <class T, class E>
+inline void store_elements(const Segment& segment, int64_t first, int64_t n, const T* from) {
+  if (!segment.contiguous) return store_strided<T, E>(segment, first, n, from);
+  E* to = static_cast<E*>(segment.data) + first;
+  for (int64_t i = 0; i < n; ++i) to[i] = convert<E>(from[i]);
+}
+
+/// Segments in order, without gaps and without empty ones.
+class Scattered {
+ public:
+  void append(void* data, Dtype dtype, bool contiguous, const Layout& layout, int64_t numel) {
+    if (numel == 0) return;
+    segments_.push_back({data, dtype, contiguous, layout, size(), size() + numel});
+  }
+
+  int64_t size() const { return segments_.empty() ? 0 : segments_.back().end; }
+
+  /// Elements begin..begin+n, as T.
+  template <class T>
+  void load(int64_t begin, int64_t n, T* to) const {
+    for_parts(begin, n, [&](const Segment& segment, int64_t first, int64_t part, int64_t at) {
+      if (segment.data == nullptr) {
+        std::fill_n(to + at, part, T(0));
+        return;
+      }
+      switch (segment.dtype) {
+        case Dtype::float32:
+          return load_elements<T, float>(segment, first, part, to + at);
+        case Dtype::float64:
+          return load_elements<T, double>(segment, first, part, to + at);
+        case Dtype::bfloat16:
+          return load_elements<T, BFloat16>(segment, first, part, to + at);
+        case Dtype::float16:
+          return load_elements<T, Half>(segment, first, part, to + at);
+      }
+    });
+  }
+
+  /// Sets elements begin..begin+n, rounded to the dtype of each.
+  template <class T>
+  void store(int64_t begin, int64_t n, const T* from) const {
+    for_parts(begin, n, [&](const Segment& segment, int64_t first, int64_t part, int64_t at) {
+      switch (segment.dtype) {
+        case Dtype::float32:
+          return store_elements<T, float>(segment, first, part, from + at);
+        case Dtype::float64:
+          return store_elements<T, double>(segment, first, part, from + at);
+        case Dtype::bfloat16:
+          return store_elements<T, BFloat16>(segment, first, part, from + at);
+        case Dtype::float16:
+          return store_elements<T, Half>(segment, first, part, from + at);
+      }
+    });
+  }
+
+ private:
+  /// Calls body(segment, first, part, at) for every segment's share of begin..begin+n: `part`
+  /// elements from the segment's `first` on, which are `at` elements behind begin.
+  template <class Body>
+  void for_parts(int64_t begin, int64_t n, const Body& body) const {
+    auto segment = std::upper_bound(
+        segments_.begin(), segments_.end(), begin,
+        [](int64_t element, const Segment& candidate) { return element < candidate.end; });
+    for (int64_t at = 0; at < n; ++segment) {
+      const int64_t first = begin + at - segment->start;
+      const int64_t part = std::min(n - at, segment->end - segment->start - first);
+      body(*segment, first, part, at);
+      at += part;
+    }
+  }
+
+  std::vector<Segment> segments_;
+};
+
+}  // namespace adaqn::cpu

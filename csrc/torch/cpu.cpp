@@ -1,0 +1,424 @@
+// The operations of adaqn_cuda/ops.py on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "../cpu/curvature.h"
+#include "../cpu/direction.h"
+#include "../cpu/iterate.h"
+#include "arguments.h"
+
+namespace adaqn {
+namespace {
+
+using cpu::Dtype;
+using cpu::Matrix;
+using cpu::Scattered;
+
+void parallel_for(int64_t count, void (*body)(int64_t begin, int64_t end, void* context),
+                  void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+}
+
+// ---------------------------------------------------------------- one argument
+
+Dtype dtype_of(const Tensor& tensor, const Name& name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      fail(name, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType scalar_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+/// A vector of the state with one element per scalar parameter.
+void* vector_of(const Tensor& tensor, const Name& name, const Place& place, int64_t size,
+                Dtype dtype) {
+  check_shape(tensor, name, place, {size});
+  check_dtype(tensor, name, scalar_type(dtype));
+  return tensor.mutable_data_ptr();
+}
+
+/// A ring of the state with one column per scalar parameter.
+Matrix ring_of(const Tensor& tensor, const Name& name, const Place& place, int64_t least_rows,
+               int64_t columns, Dtype dtype) {
+  const int64_t rows = check_rows(tensor, name, least_rows);
+  check_shape(tensor, name, place, {rows, columns});
+  check_ring_dtype(tensor, name, scalar_type(dtype));
+  return {tensor.mutable_data_ptr(), dtype_of(tensor, name), rows, columns};
+}
+
+double* doubles_of(const Tensor& tensor, const Name& name, const Place& place,
+                   std::initializer_list<int64_t> shape) {
+  check_shape(tensor, name, place, shape);
+  check_dtype(tensor, name, ScalarType::Double);
+  return static_cast<double*>(tensor.mutable_data_ptr());
+}
+
+/// `count` numbers of any shape.
+std::vector<double> numbers_of(const Tensor& tensor, const Name& name, const Place& place,
+                               int64_t count) {
+  place.check(tensor, name);
+  if (tensor.numel() != count || !tensor.is_contiguous()) {
+    fail(name, "expected ", count, " contiguous numbers, got shape ", shape_text(tensor.sizes()));
+  }
+  Scattered numbers;
+  numbers.append(tensor.mutable_data_ptr(), dtype_of(tensor, name), true, {}, count);
+  std::vector<double> values(static_cast<size_t>(count));
+  numbers.load(0, count, values.data());
+  return values;
+}
+
+double number_or(const OptionalTensor& tensor, const Name& name, const Place& place,
+                 double otherwise) {
+  return tensor ? numbers_of(*tensor, name, place, 1)[0] : otherwise;
+}
+
+void check_word(const int64_t* counters, int word, const char* meaning, int64_t least,
+                int64_t most) {
+  if (counters[word] < least || counters[word] > most) {
+    fail({"counters", word}, meaning, ": expected ", least, "..", most, ", got ", counters[word]);
+  }
+}
+
+int64_t* counters_of(const Tensor& tensor, const Place& place) {
+  check_shape(tensor, {"counters"}, place, {counter::count});
+  check_dtype(tensor, {"counters"}, ScalarType::Long);
+  return static_cast<int64_t*>(tensor.mutable_data_ptr());
+}
+
+void check_pair_words(const int64_t* counters, int64_t slots) {
+  check_word(counters, counter::pairs, "pairs", 0, slots - 1);
+  check_word(counters, counter::oldest_pair, "oldest pair", 0, slots - 1);
+}
+
+void check_gradient_words(const int64_t* counters, int64_t fisher_size) {
+  check_word(counters, counter::gradients, "gradients", 0, fisher_size);
+  check_word(counters, counter::next_gradient, "next gradient", 0, fisher_size - 1);
+}
+
+// ---------------------------------------------------------------- lists of tensors
+
+void append(Scattered& vector, const Tensor& tensor, const Name& name, const Place& place) {
+  place.check(tensor, name);
+  const bool contiguous = tensor.is_contiguous();
+  cpu::Layout layout{};
+  if (!contiguous) layout = {tensor.sizes().data(), tensor.strides().data(), tensor.dim()};
+  vector.append(tensor.mutable_data_ptr(), dtype_of(tensor, name), contiguous, layout,
+                tensor.numel());
+}
+
+Scattered params_of(const Tensors& params, const Place& place) {
+  Scattered vector;
+  for (size_t i = 0; i < params.size(); ++i) {
+    append(vector, params[i], {"params", static_cast<int64_t>(i)}, place);
+  }
+  return vector;
+}
+
+/// The gradients, in their parameters' places.
+Scattered grads_of(const OptionalTensors& grads, const Tensors& params, const Place& place) {
+  if (grads.size() != params.size()) {
+    fail({"grads"}, "expected one for each of ", params.size(), " params, got ", grads.size());
+  }
+  Scattered vector;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Name name{"grads", static_cast<int64_t>(i)};
+    const int64_t numel = params[i].numel();
+    if (!grads[i]) {
+      vector.append(nullptr, Dtype::float32, true, {}, numel);
+      continue;
+    }
+    if (grads[i]->numel() != numel) {
+      fail(name, "expected ", numel, " elements, got ", grads[i]->numel());
+    }
+    append(vector, *grads[i], name, place);
+  }
+  return vector;
+}
+
+cpu::Gradient gradient_of(const Tensors& params, const OptionalTensors& grads,
+                          const OptionalTensor& grad_scale, bool maximize, const Place& place) {
+  return {grads_of(grads, params, place), grad_scale.has_value(),
+          number_or(grad_scale, {"grad_scale"}, place, 1), maximize};
+}
+
+/// The state's dtype, from the parameters as layout.state_dtype has it.
+Dtype state_dtype(const Tensors& params) {
+  for (const Tensor& p : params) {
+    if (p.scalar_type() == ScalarType::Double) return Dtype::float64;
+  }
+  return Dtype::float32;
+}
+
+std::vector<cpu::Rates> rates_of(const Tensors& params, const std::vector<int64_t>& group_sizes,
+                                 const std::vector<double>& lr,
+                                 const std::vector<double>& weight_decay,
+                                 const OptionalTensor& lr_tensor,
+                                 const OptionalTensor& weight_decay_tensor, const Place& place) {
+  const size_t groups = group_sizes.size();
+  const auto values = [&](const std::vector<double>& numbers, const OptionalTensor& tensor,
+                          const Name& name) {
+    if (tensor) return numbers_of(*tensor, name, place, static_cast<int64_t>(groups));
+    if (numbers.size() != groups) fail(name, "expected ", groups, " numbers, got ", numbers.size());
+    return numbers;
+  };
+  const auto steps = values(lr, lr_tensor, {"lr"});
+  const auto decays = values(weight_decay, weight_decay_tensor, {"weight_decay"});
+  std::vector<cpu::Rates> rates;
+  size_t param = 0;
+  int64_t end = 0;
+  for (size_t group = 0; group < groups; ++group) {
+    const int64_t size = group_sizes[group];
+    if (size < 0 || static_cast<size_t>(size) > params.size() - param) {
+      fail({"group_sizes"}, "expected sizes that sum to ", params.size());
+    }
+    for (int64_t i = 0; i < size; ++i) end += params[param++].numel();
+    rates.push_back({end, steps[group], decays[group]});
+  }
+  if (param != params.size()) fail({"group_sizes"}, "expected sizes that sum to ", params.size());
+  return rates;
+}
+
+// ---------------------------------------------------------------- the step
+
+cpu::Pass1 pass1_of(const cpu::Gradient& gradient, Dtype dtype, const Tensor& s_ring,
+                    const Tensor& counters, const OptionalTensor& found_inf,
+                    const Tensor& projections, const Place& place) {
+  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, gradient.tensors.size(), dtype);
+  const int64_t* words = counters_of(counters, place);
+  check_pair_words(words, s.rows);
+  return {gradient,
+          dtype,
+          s,
+          words,
+          number_or(found_inf, {"found_inf"}, place, 0),
+          doubles_of(projections, {"projections"}, place, {s.rows + flag::count})};
+}
+
+cpu::Pass2 pass2_of(const cpu::Gradient& gradient, const Tensor& y_ring, const Tensor& gram,
+                    const Tensor& counters, const Tensor& projections, double keep, double add,
+                    double eps, const OptionalTensor& accumulator, const Tensor& fisher,
+                    const Tensor& direction, const Tensor& images, const Place& place) {
+  check_vector_dtype(direction, {"direction"});
+  const Dtype dtype = dtype_of(direction, {"direction"});
+  const int64_t size = gradient.tensors.size();
+  const Matrix y = ring_of(y_ring, {"y_ring"}, place, 2, size, dtype);
+  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, dtype);
+  const int64_t* words = counters_of(counters, place);
+  check_pair_words(words, y.rows);
+  check_gradient_words(words, f.rows);
+  return {gradient,
+          dtype,
+          y,
+          doubles_of(gram, {"gram"}, place, {y.rows + 1, y.rows}),
+          words,
+          doubles_of(projections, {"projections"}, place, {y.rows + flag::count}),
+          keep,
+          add,
+          eps,
+          accumulator ? vector_of(*accumulator, {"accumulator"}, place, size, dtype) : nullptr,
+          f,
+          vector_of(direction, {"direction"}, place, size, dtype),
+          doubles_of(images, {"images"}, place, {y.rows})};
+}
+
+cpu::Pass3 pass3_of(const Scattered& params, const std::vector<cpu::Rates>& rates,
+                    const Tensor& s_ring, const Tensor& gram, const Tensor& projections,
+                    const Tensor& images, const Tensor& direction, int64_t fisher_size,
+                    const Tensor& iterate_sum, const Tensor& counters, const Place& place) {
+  check_vector_dtype(direction, {"direction"});
+  const Dtype dtype = dtype_of(direction, {"direction"});
+  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, params.size(), dtype);
+  int64_t* words = counters_of(counters, place);
+  check_pair_words(words, s.rows);
+  if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
+  return {params,
+          dtype,
+          s,
+          doubles_of(gram, {"gram"}, place, {s.rows + 1, s.rows}),
+          doubles_of(projections, {"projections"}, place, {s.rows + flag::count}),
+          doubles_of(images, {"images"}, place, {s.rows}),
+          vector_of(direction, {"direction"}, place, params.size(), dtype),
+          rates,
+          fisher_size,
+          vector_of(iterate_sum, {"iterate_sum"}, place, params.size(), dtype),
+          words};
+}
+
+void direction_step(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
+                    const Tensor& y_ring, const Tensor& gram, const OptionalTensor& grad_scale,
+                    const OptionalTensor& found_inf, bool maximize, double keep, double add,
+                    double eps, const std::vector<int64_t>& group_sizes,
+                    const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                    const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                    const OptionalTensor& accumulator, const Tensor& fisher,
+                    const Tensor& iterate_sum, const Tensor& direction, const Tensor& projections,
+                    const Tensor& images, const Tensor& counters) {
+  const Place place(s_ring);
+  const Scattered vector = params_of(params, place);
+  const cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, place);
+  const auto rates =
+      rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  const auto second = pass2_of(gradient, y_ring, gram, counters, projections, keep, add, eps,
+                               accumulator, fisher, direction, images, place);
+  const auto first =
+      pass1_of(gradient, second.dtype, s_ring, counters, found_inf, projections, place);
+  const auto third = pass3_of(vector, rates, s_ring, gram, projections, images, direction,
+                              second.fisher.rows, iterate_sum, counters, place);
+  cpu::direction_pass1(parallel_for, first);
+  cpu::direction_pass2(parallel_for, second);
+  cpu::direction_pass3(parallel_for, third);
+}
+
+void direction_pass1(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
+                     const Tensor& counters, const OptionalTensor& grad_scale,
+                     const OptionalTensor& found_inf, bool maximize, const Tensor& projections) {
+  const Place place(s_ring);
+  const cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, place);
+  cpu::direction_pass1(parallel_for, pass1_of(gradient, state_dtype(params), s_ring, counters,
+                                              found_inf, projections, place));
+}
+
+void direction_pass2(const Tensors& params, const OptionalTensors& grads, const Tensor& y_ring,
+                     const Tensor& gram, const Tensor& counters, const Tensor& projections,
+                     const OptionalTensor& grad_scale, bool maximize, double keep, double add,
+                     double eps, const OptionalTensor& accumulator, const Tensor& fisher,
+                     const Tensor& direction, const Tensor& images) {
+  const Place place(y_ring);
+  const cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, place);
+  cpu::direction_pass2(parallel_for,
+                       pass2_of(gradient, y_ring, gram, counters, projections, keep, add, eps,
+                                accumulator, fisher, direction, images, place));
+}
+
+void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& gram,
+                     const Tensor& projections, const Tensor& images, const Tensor& direction,
+                     const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                     const OptionalTensor& weight_decay_tensor, int64_t fisher_size,
+                     const Tensor& iterate_sum, const Tensor& counters) {
+  const Place place(s_ring);
+  const Scattered vector = params_of(params, place);
+  const auto rates =
+      rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  cpu::direction_pass3(parallel_for,
+                       pass3_of(vector, rates, s_ring, gram, projections, images, direction,
+                                fisher_size, iterate_sum, counters, place));
+}
+
+// ---------------------------------------------------------------- the averaged iterate
+
+void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor& projections,
+                  const Tensor& counters, const Tensor& saved) {
+  const Place place(saved);
+  check_vector_dtype(saved, {"saved"});
+  const Dtype dtype = dtype_of(saved, {"saved"});
+  const Scattered vector = params_of(params, place);
+  const int64_t flags = projections.numel() - flag::count;
+  if (flags < 0) fail({"projections"}, "expected at least ", int{flag::count}, " words");
+  const double* words = doubles_of(projections, {"projections"}, place, {flags + flag::count});
+  cpu::iterate_swap(
+      parallel_for,
+      {vector, dtype, vector_of(iterate_sum, {"iterate_sum"}, place, vector.size(), dtype),
+       words + flags, counters_of(counters, place),
+       vector_of(saved, {"saved"}, place, vector.size(), dtype)});
+}
+
+void iterate_restore(const Tensors& params, const Tensor& saved) {
+  const Place place(saved);
+  check_vector_dtype(saved, {"saved"});
+  const Dtype dtype = dtype_of(saved, {"saved"});
+  const Scattered vector = params_of(params, place);
+  cpu::iterate_restore(parallel_for, vector, dtype,
+                       vector_of(saved, {"saved"}, place, vector.size(), dtype));
+}
+
+// ---------------------------------------------------------------- the pair update
+
+cpu::Displacement displacement_of(const Tensor& iterate_sum, const Tensor& anchor,
+                                  const Place& place) {
+  check_vector_dtype(anchor, {"anchor"});
+  const Dtype dtype = dtype_of(anchor, {"anchor"});
+  const int64_t size = anchor.numel();
+  return {dtype, vector_of(iterate_sum, {"iterate_sum"}, place, size, dtype),
+          vector_of(anchor, {"anchor"}, place, size, dtype)};
+}
+
+void curvature_pass_a(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
+                      const Tensor& counters, const Tensor& weights) {
+  const Place place(fisher);
+  const cpu::Displacement s = displacement_of(iterate_sum, anchor, place);
+  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, anchor.numel(), s.dtype);
+  const int64_t* words = counters_of(counters, place);
+  check_gradient_words(words, f.rows);
+  cpu::curvature_pass_a(parallel_for,
+                        {s, f, words, doubles_of(weights, {"weights"}, place, {f.rows})});
+}
+
+void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
+                      const Tensor& counters, const Tensor& weights, const Tensor& s_ring,
+                      const Tensor& y_ring, const Tensor& column) {
+  const Place place(fisher);
+  const int64_t size = anchor.numel();
+  const cpu::Displacement displacement = displacement_of(iterate_sum, anchor, place);
+  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, displacement.dtype);
+  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, size, displacement.dtype);
+  const Matrix y = ring_of(y_ring, {"y_ring"}, place, s.rows, size, displacement.dtype);
+  check_shape(y_ring, {"y_ring"}, place, {s.rows, size});
+  check_dtype(y_ring, {"y_ring"}, s_ring.scalar_type());
+  const int64_t* words = counters_of(counters, place);
+  check_pair_words(words, s.rows);
+  check_gradient_words(words, f.rows);
+  cpu::curvature_pass_b(
+      parallel_for, {displacement, f, words, doubles_of(weights, {"weights"}, place, {f.rows}), s,
+                     y, doubles_of(column, {"column"}, place, {s.rows + 1})});
+}
+
+void curvature_commit(const Tensors& params, const Tensor& column,
+                      const OptionalTensor& monitored_loss, double min_curvature,
+                      double max_increase, const Tensor& gram, const Tensor& losses,
+                      const Tensor& anchor, const Tensor& iterate_sum, const Tensor& counters) {
+  const Place place(anchor);
+  const cpu::Displacement state = displacement_of(iterate_sum, anchor, place);
+  const Scattered vector = params_of(params, place);
+  const int64_t slots = check_rows(gram, {"gram"}, 3) - 1;
+  const double monitored = number_or(monitored_loss, {"monitored_loss"}, place, 0);
+  int64_t* words = counters_of(counters, place);
+  check_pair_words(words, slots);
+  cpu::curvature_commit(parallel_for,
+                        {vector,
+                         state.dtype,
+                         static_cast<int>(slots),
+                         doubles_of(column, {"column"}, place, {slots + 1}),
+                         monitored_loss ? &monitored : nullptr,
+                         {min_curvature, max_increase},
+                         doubles_of(gram, {"gram"}, place, {slots + 1, slots}),
+                         doubles_of(losses, {"losses"}, place, {loss::count}),
+                         vector_of(anchor, {"anchor"}, place, vector.size(), state.dtype),
+                         vector_of(iterate_sum, {"iterate_sum"}, place, vector.size(), state.dtype),
+                         words});
+}
+
+}  // namespace
+}  // namespace adaqn
+
+STABLE_TORCH_LIBRARY_IMPL(adaqn, CPU, m) {
+  m.impl("direction_step", TORCH_BOX(&adaqn::direction_step));
+  m.impl("direction_pass1", TORCH_BOX(&adaqn::direction_pass1));
+  m.impl("direction_pass2", TORCH_BOX(&adaqn::direction_pass2));
+  m.impl("direction_pass3", TORCH_BOX(&adaqn::direction_pass3));
+  m.impl("iterate_swap", TORCH_BOX(&adaqn::iterate_swap));
+  m.impl("iterate_restore", TORCH_BOX(&adaqn::iterate_restore));
+  m.impl("curvature_pass_a", TORCH_BOX(&adaqn::curvature_pass_a));
+  m.impl("curvature_pass_b", TORCH_BOX(&adaqn::curvature_pass_b));
+  m.impl("curvature_commit", TORCH_BOX(&adaqn::curvature_commit));
+}
