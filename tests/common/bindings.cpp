@@ -1,0 +1,74 @@
+// csrc/common as a Python module.  Tensors come and go as flat lists.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <vector>
+
+#include "../../csrc/common/acceptance.h"
+#include "../../csrc/common/pair_update.h"
+#include "../../csrc/common/recursion.h"
+
+namespace {
+
+namespace py = pybind11;
+using namespace adaqn;
+using Doubles = std::vector<double>;
+using Words = std::vector<int64_t>;
+
+Doubles backward(const Doubles& gram, const Words& counters, int slots, const Doubles& u) {
+  Doubles a(static_cast<size_t>(slots));
+  backward_coefficients(gram.data(), PairRing(counters.data(), slots), u.data(), a.data());
+  return a;
+}
+
+Doubles forward(const Doubles& gram, const Words& counters, int slots, const Doubles& a,
+                const Doubles& z) {
+  Doubles c(static_cast<size_t>(slots));
+  forward_coefficients(gram.data(), PairRing(counters.data(), slots), a.data(), z.data(), c.data());
+  return c;
+}
+
+double newest_ratio(const Doubles& gram, const Words& counters, int slots) {
+  return scalar_initial_matrix(gram.data(), PairRing(counters.data(), slots));
+}
+
+std::pair<bool, Words> step(Words counters, const Doubles& flags, int64_t fisher_size) {
+  const bool accepted = step_is_accepted(flags.data(), counters.data());
+  count_step(counters.data(), flags.data(), accepted, fisher_size);
+  return {accepted, counters};
+}
+
+py::tuple pair_update(Words counters, int slots, const Doubles& column, Doubles losses,
+                      std::optional<double> loss, double min_curvature, double max_increase,
+                      Doubles gram) {
+  const double* monitored = loss ? &*loss : nullptr;
+  const PairUpdate outcome =
+      decide_pair_update(counters.data(), slots, column.data(), losses.data(), monitored,
+                         {min_curvature, max_increase});
+  record_pair_update(outcome, slots, column.data(), monitored, gram.data(), losses.data(),
+                     counters.data());
+  return py::make_tuple(static_cast<int>(outcome), gram, losses, counters);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(adaqn_common_test, m) {
+  m.attr("COUNTERS") = std::vector<std::pair<std::string, int>>{
+      {"PAIRS", counter::pairs},         {"OLDEST_PAIR", counter::oldest_pair},
+      {"GRADIENTS", counter::gradients}, {"NEXT_GRADIENT", counter::next_gradient},
+      {"ITERATES", counter::iterates},   {"ANCHORED", counter::anchored},
+      {"STORED", counter::stored},       {"SKIPPED", counter::skipped},
+      {"RESETS", counter::resets},       {"STEPS_SKIPPED", counter::steps_skipped},
+  };
+  m.attr("LOSSES") = std::vector<std::pair<std::string, int>>{{"ANCHOR", loss::anchor},
+                                                              {"MONITORED", loss::monitored}};
+  // Counted from the end, as in layout.py.
+  m.attr("FLAGS") = std::vector<std::pair<std::string, int>>{
+      {"NONFINITE", flag::nonfinite - flag::count}, {"NONZERO", flag::nonzero - flag::count}};
+  m.def("backward", backward);
+  m.def("forward", forward);
+  m.def("scalar_initial_matrix", newest_ratio);
+  m.def("step", step);
+  m.def("pair_update", pair_update);
+}
