@@ -11,6 +11,12 @@
 
 namespace adaqn::cuda {
 
+/// Weight of each of `count` iterates in their average.
+template <class T>
+__device__ __forceinline__ T share_of_one(int64_t count) {
+  return T(1 / double(count > 1 ? count : 1));
+}
+
 /// Hands out consecutive parts of shared memory.
 class Carver {
  public:

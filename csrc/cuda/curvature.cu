@@ -10,24 +10,19 @@ namespace {
 /// Gradients that one block of pass A multiplies with s; grid.y covers them all.
 constexpr int kRowsOfBlock = 64;
 
-/// Width of packs that suits rows of both types.
+/// Width of packs of rows of two types.
 template <class F, class H>
-constexpr int kWidest = kWidth<F> > kWidth<H> ? kWidth<F> : kWidth<H>;
+constexpr int kNarrower = kWidth<F> < kWidth<H> ? kWidth<F> : kWidth<H>;
 
-template <class T>
-__device__ __forceinline__ T average(T total, int64_t count) {
-  return total / T(count > 1 ? count : 1);
-}
-
-/// s = w_n - w_o
+/// s = w_n - w_o;  `share` is that of one iterate in the average.
 template <class T, int W>
-__device__ __forceinline__ void load_difference(const State& state, int64_t iterates,
-                                                const Pack<W>& at, T (&s)[W]) {
+__device__ __forceinline__ void load_difference(const State& state, T share, const Pack<W>& at,
+                                                T (&s)[W]) {
   T anchor[W];
   load(static_cast<const T*>(state.iterate_sum), at, s);
   load(static_cast<const T*>(state.anchor), at, anchor);
 #pragma unroll
-  for (int j = 0; j < W; ++j) s[j] = average(s[j], iterates) - anchor[j];
+  for (int j = 0; j < W; ++j) s[j] = share * s[j] - anchor[j];
 }
 
 /// Rows first..first+count-1 of the Fisher ring.
@@ -53,14 +48,14 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocksPerMultiprocessor)
   const int64_t first = int64_t(blockIdx.y) * kRowsOfBlock;
   const int64_t left = state.counters[counter::gradients] - first;
   if (left <= 0) return;
-  const int64_t iterates = state.counters[counter::iterates];
+  const T share = share_of_one<T>(state.counters[counter::iterates]);
   const Rows<F> rows =
       gradient_rows<F>(state, first, left < kRowsOfBlock ? int(left) : kRowsOfBlock);
   T* memory = reinterpret_cast<T*>(shared_memory());
   Sums<T> sums(memory, rows.count);
   visit_flat<T, kWidth<F>>(state, aligned, Order::forward, [&](const auto& at) {
     T s[kPackWidth<decltype(at)>];
-    load_difference(state, iterates, at, s);
+    load_difference(state, share, at, s);
     add_products<Cache::keep>(rows, at, s, sums, 0);
   });
   store_partials(memory, rows.count, int(first), partials);
@@ -109,7 +104,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocksPerMultiprocessor)
     pass_b_kernel(const __grid_constant__ State state, bool aligned, Partials partials) {
   PassBMemory<T> memory(shared_memory(), state.slots, state.fisher_size);
   const PairRing ring(state.counters, state.slots);
-  const int64_t iterates = state.counters[counter::iterates];
+  const T share = share_of_one<T>(state.counters[counter::iterates]);
   const int gradients = int(state.counters[counter::gradients]);
   const Rows<F> fisher = gradient_rows<F>(state, 0, gradients);
   const Rows<H> pairs = stored_rows<H>(state.s_ring, ring);
@@ -121,11 +116,11 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocksPerMultiprocessor)
   Sums<T> sums(memory.sums, 2 + pairs.count);
   __syncthreads();
 
-  visit_flat<T, kWidest<F, H>>(state, aligned, Order::backward, [&](const auto& at) {
+  visit_flat<T, kNarrower<F, H>>(state, aligned, Order::backward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     T s[W], y[W] = {}, stored[W];
     add_combination<Cache::stream>(fisher, memory.factors, at, y);
-    load_difference(state, iterates, at, s);
+    load_difference(state, share, at, s);
     round_to_ring<H>(s, stored);
     store(free_s, at, stored);
     round_to_ring<H>(y, stored);
@@ -171,7 +166,7 @@ __global__ void __launch_bounds__(kThreads<T>)
                   const __grid_constant__ State state, const double* monitored_loss,
                   PairUpdateRule rule) {
   const PairUpdate outcome = decide(state, monitored_loss, rule);
-  const int64_t iterates = state.counters[counter::iterates];
+  const T share = share_of_one<T>(state.counters[counter::iterates]);
   T* iterate_sum = static_cast<T*>(state.iterate_sum);
   T* anchor = static_cast<T*>(state.anchor);
   Cursor<Capacity> cursor(table);
@@ -185,7 +180,7 @@ __global__ void __launch_bounds__(kThreads<T>)
     if (moves_anchor(outcome)) {
       load(iterate_sum, at, x);
 #pragma unroll
-      for (int j = 0; j < W; ++j) x[j] = average(x[j], iterates);
+      for (int j = 0; j < W; ++j) x[j] *= share;
       store(anchor, at, x);
     }
     const T zero[W] = {};
@@ -212,11 +207,25 @@ cudaError_t flat_launch(const State& state, const Queue& queue, Shape* shape, Pa
   return cudaSuccess;
 }
 
+template <class T, class F>
+cudaError_t pass_a(const State& state, const Queue& queue) {
+  Shape shape;
+  Partials partials;
+  ADAQN_CUDA_TRY((flat_launch<T, kWidth<F>>(state, queue, &shape, &partials)));
+  shape.blocks.y = unsigned((state.fisher_size + kRowsOfBlock - 1) / kRowsOfBlock);
+  const int64_t rows = std::min<int64_t>(state.fisher_size, kRowsOfBlock);
+  shape.shared_bytes = size_t(rows) * kThreads<T> * sizeof(T);
+  ADAQN_CUDA_TRY(
+      launch(pass_a_kernel<T, F>, shape, queue.stream, state, is_aligned(state), partials));
+  const Shape one{dim3(1), kThreads<T>, 0};
+  return launch(finish_pass_a_kernel<T>, one, queue.stream, state, partials);
+}
+
 template <class T, class F, class H>
 cudaError_t pass_b(const State& state, const Queue& queue) {
   Shape shape;
   Partials partials;
-  ADAQN_CUDA_TRY((flat_launch<T, kWidest<F, H>>(state, queue, &shape, &partials)));
+  ADAQN_CUDA_TRY((flat_launch<T, kNarrower<F, H>>(state, queue, &shape, &partials)));
   shape.shared_bytes = PassBMemory<T>(nullptr, state.slots, state.fisher_size).bytes;
   ADAQN_CUDA_TRY(
       launch(pass_b_kernel<T, F, H>, shape, queue.stream, state, is_aligned(state), partials));
@@ -230,16 +239,7 @@ cudaError_t curvature_pass_a(const State& state, const Queue& queue) {
   return with_types(state.type, state.fisher_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using F = typename decltype(types)::H;
-    Shape shape;
-    Partials partials;
-    ADAQN_CUDA_TRY((flat_launch<T, kWidth<F>>(state, queue, &shape, &partials)));
-    shape.blocks.y = unsigned((state.fisher_size + kRowsOfBlock - 1) / kRowsOfBlock);
-    shape.shared_bytes =
-        std::min<int64_t>(state.fisher_size, kRowsOfBlock) * kThreads<T> * sizeof(T);
-    ADAQN_CUDA_TRY(
-        launch(pass_a_kernel<T, F>, shape, queue.stream, state, is_aligned(state), partials));
-    return launch(finish_pass_a_kernel<T>, Shape{dim3(1), kThreads<T>, 0}, queue.stream, state,
-                  partials);
+    return pass_a<T, F>(state, queue);
   });
 }
 
@@ -247,10 +247,8 @@ cudaError_t curvature_pass_b(const State& state, const Queue& queue) {
   return with_types(state.type, state.fisher_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using F = typename decltype(types)::H;
-    return with_types(state.type, state.pair_type, [&](auto pair_types) {
-      using H = typename decltype(pair_types)::H;
-      return pass_b<T, F, H>(state, queue);
-    });
+    return with_row_type<T>(state.pair_type,
+                            [&](auto row) { return pass_b<T, F, decltype(row)>(state, queue); });
   });
 }
 

@@ -32,21 +32,22 @@ struct TableRates {
 
 // ------------------------------------------------------------------ what the passes share
 
-/// The gradient to descend, unscaled.
+/// The gradient to descend.
 template <class T, int W, int Capacity>
 __device__ __forceinline__ void load_gradient(const Cursor<Capacity>& cursor, const Pack<W>& at,
-                                              T scale, bool maximize, T (&g)[W]) {
+                                              T scale, T (&g)[W]) {
   load_grad(cursor, at, g);
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    g[j] = g[j] / scale;
-    if (maximize) g[j] = -g[j];
+    g[j] *= scale;
   }
 }
 
+/// What turns a gradient as given into the one to descend.
 template <class T>
 __device__ __forceinline__ T scale_of(const Scaling& scaling) {
-  return scaling.grad_scale ? T(*scaling.grad_scale) : T(1);
+  const double scale = scaling.grad_scale ? 1 / double(*scaling.grad_scale) : 1.0;
+  return T(scaling.maximize ? -scale : scale);
 }
 
 template <class T>
@@ -75,7 +76,7 @@ __device__ void pass1(const Segments<Capacity>& table, const State& state, const
   visit_segments<T, H>(cursor, Order::forward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     T g[W];
-    load_gradient(cursor, at, scale, scaling.maximize, g);
+    load_gradient(cursor, at, scale, g);
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       nonfinite += !is_finite(g[j]);
@@ -130,9 +131,9 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
   visit_segments<T, H>(cursor, Order::backward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     T g[W], r[W];
-    load_gradient(cursor, at, scale, scaling.maximize, g);
+    load_gradient(cursor, at, scale, g);
     with_type(state.fisher_type, [&](auto tag) {
-      store<Cache::stream>(static_cast<decltype(tag)*>(state.fisher.data) + fisher_row, at, g);
+      store(static_cast<decltype(tag)*>(state.fisher.data) + fisher_row, at, g);
     });
 #pragma unroll
     for (int j = 0; j < W; ++j) r[j] = g[j];
@@ -143,7 +144,7 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         v[j] = keep * v[j] + add * g[j] * g[j];
-        r[j] /= sqrt(v[j] + eps);
+        r[j] *= rsqrt(v[j] + eps);
       }
       store(accumulator, at, v);
     } else {

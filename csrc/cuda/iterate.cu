@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kThreads<T>)
                 const __grid_constant__ State state) {
   const bool accepted = step_is_accepted(state.projections + state.slots, state.counters);
   const int64_t count = state.counters[counter::iterates] + accepted;
+  const T share = share_of_one<T>(count);
   const T* iterate_sum = static_cast<const T*>(state.iterate_sum);
   T* saved = static_cast<T*>(state.direction);
   Cursor<Capacity> cursor(table);
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(kThreads<T>)
     if (count == 0) return;
     load(iterate_sum, at, sum);
 #pragma unroll
-    for (int j = 0; j < W; ++j) w[j] = (accepted ? sum[j] + w[j] : sum[j]) / T(count);
+    for (int j = 0; j < W; ++j) w[j] = share * (accepted ? sum[j] + w[j] : sum[j]);
     store_param(cursor, at, w);
   });
 }

@@ -30,12 +30,24 @@ struct Types {
   using H = H_;
 };
 
+/// Calls function(row) with a value of the type of a ring's rows, beside vectors of T.
+template <class T, class Function>
+cudaError_t with_row_type(Type rows, Function function) {
+  if (rows == Type::bf16) return function(__nv_bfloat16{});
+  const Type own = sizeof(T) == 8 ? Type::f64 : Type::f32;
+  return rows == own ? function(T{}) : cudaErrorInvalidValue;
+}
+
 template <class Function>
 cudaError_t with_types(Type vectors, Type rows, Function function) {
-  if (vectors == Type::f32 && rows == Type::f32) return function(Types<float, float>{});
-  if (vectors == Type::f32 && rows == Type::bf16) return function(Types<float, __nv_bfloat16>{});
-  if (vectors == Type::f64 && rows == Type::f64) return function(Types<double, double>{});
-  if (vectors == Type::f64 && rows == Type::bf16) return function(Types<double, __nv_bfloat16>{});
+  if (vectors == Type::f32) {
+    return with_row_type<float>(rows,
+                                [&](auto row) { return function(Types<float, decltype(row)>{}); });
+  }
+  if (vectors == Type::f64) {
+    return with_row_type<double>(
+        rows, [&](auto row) { return function(Types<double, decltype(row)>{}); });
+  }
   return cudaErrorInvalidValue;
 }
 

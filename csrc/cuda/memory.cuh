@@ -77,6 +77,12 @@ struct WordOf<2> {
 template <class U, int W>
 using Word = typename WordOf<int(W * sizeof(U))>::type;
 
+/// W elements as the compiler moves them with the fewest instructions.
+template <class U, int W>
+struct alignas(Word<U, W>) Vector {
+  U elements[W];
+};
+
 template <class U, int W>
 __host__ __device__ __forceinline__ bool is_aligned(const U* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Word<U, W>) == 0;
@@ -93,22 +99,6 @@ __device__ __forceinline__ void load_vector(const U* p, U (&out)[W]) {
     words[k] = cache == Cache::stream ? __ldcs(source + k) : source[k];
   }
   memcpy(out, words, sizeof(words));
-}
-
-template <Cache cache, class U, int W>
-__device__ __forceinline__ void store_vector(U* p, const U (&values)[W]) {
-  constexpr int n = W * sizeof(U) / sizeof(Word<U, W>);
-  Word<U, W> words[n];
-  memcpy(words, values, sizeof(words));
-  auto* target = reinterpret_cast<Word<U, W>*>(p);
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    if (cache == Cache::stream) {
-      __stcs(target + k, words[k]);
-    } else {
-      target[k] = words[k];
-    }
-  }
 }
 
 // ------------------------------------------------------------------ packs
@@ -133,12 +123,12 @@ __device__ __forceinline__ void load(const U* p, const Pack<W>& at, T (&out)[W])
   for (int j = 0; j < W; ++j) out[j] = convert<T>(raw[j]);
 }
 
-template <Cache cache = Cache::keep, class T, class U, int W>
+template <class T, class U, int W>
 __device__ __forceinline__ void store(U* p, const Pack<W>& at, const T (&values)[W]) {
-  U raw[W];
+  Vector<U, W> raw;
 #pragma unroll
-  for (int j = 0; j < W; ++j) raw[j] = convert<U>(values[j]);
-  store_vector<cache>(p + at.begin, raw);
+  for (int j = 0; j < W; ++j) raw.elements[j] = convert<U>(values[j]);
+  *reinterpret_cast<Vector<U, W>*>(p + at.begin) = raw;
 }
 
 }  // namespace adaqn::cuda

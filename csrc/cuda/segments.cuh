@@ -78,27 +78,21 @@ class Cursor {
 /// Elements from an address that may be unaligned.
 template <class T, class U, int W>
 __device__ __forceinline__ void load_anywhere(const U* p, T (&out)[W]) {
-  U raw[W];
   if (is_aligned<U, W>(p)) {
-    load_vector<Cache::keep>(p, raw);
+    load(p, Pack<W>{0}, out);
   } else {
 #pragma unroll
-    for (int j = 0; j < W; ++j) raw[j] = p[j];
+    for (int j = 0; j < W; ++j) out[j] = convert<T>(p[j]);
   }
-#pragma unroll
-  for (int j = 0; j < W; ++j) out[j] = convert<T>(raw[j]);
 }
 
 template <class T, class U, int W>
 __device__ __forceinline__ void store_anywhere(U* p, const T (&values)[W]) {
-  U raw[W];
-#pragma unroll
-  for (int j = 0; j < W; ++j) raw[j] = convert<U>(values[j]);
   if (is_aligned<U, W>(p)) {
-    store_vector<Cache::keep>(p, raw);
+    store(p, Pack<W>{0}, values);
   } else {
 #pragma unroll
-    for (int j = 0; j < W; ++j) p[j] = raw[j];
+    for (int j = 0; j < W; ++j) p[j] = convert<U>(values[j]);
   }
 }
 

@@ -223,31 +223,21 @@ T exchange(T value, unsigned source_lane) {
 #define ADAQN_DYNAMIC_SHARED() (emulation::current->block->shared.data())
 
 inline void __syncthreads() { emulation::wait(emulation::current->block->barrier); }
-inline void __syncwarp() { emulation::wait(emulation::warp().barrier); }
 
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulation::exchange(value, lane);
-}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::exchange(value, (threadIdx.x % 32) ^ mask);
 }
 
 template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <class T>
 T __ldcs(const T* p) {
   return *p;
 }
-template <class T>
-void __stcs(T* p, T value) {
-  *p = value;
-}
 
-using std::isfinite;
+template <class T>
+T rsqrt(T x) {
+  return 1 / std::sqrt(x);
+}
 
 // ------------------------------------------------------------------ the host's side
 
