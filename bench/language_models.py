@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +26,8 @@ from tqdm import tqdm
 
 import adaqn_cuda
 from adaqn_cuda.demo.data import load_corpus
+from adaqn_cuda.demo.models import KINDS
+from adaqn_cuda.demo.numbers import write_json
 from adaqn_cuda.demo.plots import plot_comparison
 from adaqn_cuda.demo.train import Config, Diverged, Result, Run
 
@@ -34,27 +37,27 @@ NEVER = 10**9
 
 #: Method: its optimizer, the lr grid, further options of :class:`Config`.
 METHODS: dict[str, tuple[str, list[float], dict[str, Any]]] = {
-    "adaqn (PAPER)": ("adaqn", [0.003, 0.006, 0.012, 0.024], {"preset": "paper"}),
+    "adaqn (PAPER)": ("adaqn", [0.004, 0.01, 0.025, 0.06], {"preset": "paper"}),
     "adaqn (PAPER, monitor)": (
         "adaqn",
-        [0.003, 0.006, 0.012, 0.024],
+        [0.004, 0.01, 0.025, 0.06],
         {"preset": "paper", "monitor": MONITOR},
     ),
     "adaqn (PAPER, pairs off)": (
         "adaqn",
-        [0.003, 0.006, 0.012, 0.024],
+        [0.004, 0.01, 0.025, 0.06],
         {"preset": "paper", "adaqn": {"update_interval": NEVER}},
     ),
-    "adam": ("adam", [0.0025, 0.005, 0.01, 0.02], {}),
-    "nadam": ("nadam", [0.0025, 0.005, 0.01, 0.02], {}),
-    "rmsprop": ("rmsprop", [0.0015, 0.003, 0.006, 0.012], {}),
-    "adagrad": ("adagrad", [0.025, 0.05, 0.1, 0.2], {}),
+    "adam": ("adam", [0.002, 0.005, 0.0125, 0.03], {}),
+    "nadam": ("nadam", [0.002, 0.005, 0.0125, 0.03], {}),
+    "rmsprop": ("rmsprop", [0.0015, 0.004, 0.01, 0.025], {}),
+    "adagrad": ("adagrad", [0.02, 0.05, 0.125, 0.3], {}),
 }
 
 #: Tasks: the options of :class:`Config` that make them.
 TASKS: dict[str, dict[str, Any]] = {
-    "char": dict(level="char", hidden=128, batch=32, bptt=50, steps=1000),
-    "word": dict(level="word", hidden=128, batch=20, bptt=35, steps=400),
+    "char": dict(level="char", hidden=128, batch=32, bptt=50, steps=600),
+    "word": dict(level="word", hidden=64, batch=20, bptt=35, steps=300),
 }
 
 
@@ -69,7 +72,7 @@ class Job:
 
 def config_of(job: Job, task: dict[str, Any], data: str) -> Config:
     optimizer, _, options = METHODS[job.method]
-    common = dict(model="lstm", optimizer=optimizer, data=data, lr=job.lr, seed=job.seed)
+    common = dict(optimizer=optimizer, data=data, lr=job.lr, seed=job.seed)
     return Config(**{**common, **task, **options})
 
 
@@ -87,15 +90,28 @@ def execute(job: Job, task: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 class Ledger:
-    """Finished runs, one JSON line each."""
+    """Finished runs of ``task`` on ``data``, one JSON line each.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records = [json.loads(line) for line in lines]
+    Lines of other tasks, lengths or data may stand in the same file and are left alone.  A last
+    line without its end was cut off by a kill, and is dropped.
+    """
+
+    def __init__(self, path: Path, task: dict[str, Any], data: str) -> None:
+        self.path, self.task, self.data = path, task, data
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole)
+        self.records = [json.loads(line) for line in whole.splitlines()]
 
     def find(self, job: Job) -> dict[str, Any] | None:
-        return next((r["result"] for r in self.records if r["job"] == asdict(job)), None)
+        wanted = asdict(config_of(job, self.task, self.data))
+        return next((r["result"] for r in self.records if r["result"]["config"] == wanted), None)
+
+    def loss(self, job: Job) -> float:
+        """Final validation loss; infinite where it is not a number."""
+        valid = self.find(job)["valid"]
+        return valid if math.isfinite(valid) else math.inf
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -103,11 +119,11 @@ class Ledger:
             file.write(json.dumps(record) + "\n")
 
 
-def run_all(jobs: list[Job], ledger: Ledger, task: dict[str, Any], options: Any) -> None:
-    """Run what the ledger lacks, ``options.jobs`` at a time."""
+def run_all(jobs: list[Job], ledger: Ledger, processes: int) -> None:
+    """Run what the ledger lacks, ``processes`` at a time."""
     missing = [job for job in jobs if ledger.find(job) is None]
-    with ProcessPoolExecutor(options.jobs) as pool, tqdm(total=len(missing), unit="run") as bar:
-        futures = [pool.submit(execute, job, task, options.data) for job in missing]
+    with ProcessPoolExecutor(processes) as pool, tqdm(total=len(missing), unit="run") as bar:
+        futures = [pool.submit(execute, job, ledger.task, ledger.data) for job in missing]
         for future in as_completed(futures):
             record = future.result()
             ledger.add(record)
@@ -118,29 +134,37 @@ def run_all(jobs: list[Job], ledger: Ledger, task: dict[str, Any], options: Any)
 def best_rate(method: str, ledger: Ledger, seed: int) -> float:
     """The grid's lr with the lowest validation loss on ``seed``."""
     grid = METHODS[method][1]
-    return min(grid, key=lambda lr: ledger.find(Job(method, lr, seed))["valid"])
+    return min(grid, key=lambda lr: ledger.loss(Job(method, lr, seed)))
+
+
+def at_edge(method: str, lr: float) -> bool:
+    """Whether the grid stops at ``lr``, so that the best one may lie beyond it."""
+    grid = METHODS[method][1]
+    return lr in (min(grid), max(grid))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--data", required=True, metavar="PATH")
+    parser.add_argument("--model", choices=KINDS, default="lstm")
     parser.add_argument("--steps", type=int, help="default: the task's own")
     parser.add_argument("--seeds", default="0,1", help="the first one tunes lr")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, metavar="FILE", help="ledger of finished runs")
     options = parser.parse_args()
-    task = {**TASKS[options.task], **({"steps": options.steps} if options.steps else {})}
+    task = {**TASKS[options.task], "model": options.model}
+    task["steps"] = options.steps or task["steps"]
     seeds = [int(word) for word in options.seeds.split(",")]
-    name = f"language-model-{options.task}"
-    ledger = Ledger(options.work or Path(f"{name}.jsonl"))
+    name = f"language-model-{options.task}" + (f"-{options.model}" * (options.model != "lstm"))
+    ledger = Ledger(options.work or Path(f"{name}.jsonl"), task, options.data)
 
     tuning = [Job(m, lr, seeds[0]) for m, (_, grid, _) in METHODS.items() for lr in grid]
-    run_all(tuning, ledger, task, options)
+    run_all(tuning, ledger, options.jobs)
     rates = {method: best_rate(method, ledger, seeds[0]) for method in METHODS}
     final = [Job(m, rates[m], seed) for m in METHODS for seed in seeds]
-    run_all(final, ledger, task, options)
-    write(name, ledger, tuning, final, rates, task)
+    run_all(final, ledger, options.jobs)
+    write(name, ledger, tuning, final, rates)
 
 
 def write(
@@ -149,7 +173,6 @@ def write(
     tuning: list[Job],
     final: list[Job],
     rates: dict[str, float],
-    task: dict[str, Any],
 ) -> None:
     """The JSON file, the table on the screen, and the picture of the first seed."""
 
@@ -160,28 +183,26 @@ def write(
 
     versions = {"adaqn_cuda": adaqn_cuda.__version__, "torch": torch.__version__}
     # The data's place is the user's own business: only its name is written down.
-    words = [w if w != _data_path(sys.argv) else Path(w).name for w in sys.argv]
+    words = [w.replace(ledger.data, Path(ledger.data).name) for w in sys.argv[1:]]
     content = {
-        "command": "python bench/" + shlex.join([Path(words[0]).name, *words[1:]]),
+        "command": shlex.join(["python", "bench/language_models.py", *words]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": versions,
-        "task": task,
+        "task": ledger.task,
         "grids": {method: grid for method, (_, grid, _) in METHODS.items()},
         "best_lr": rates,
+        "best_lr_at_grid_edge": [m for m in METHODS if at_edge(m, rates[m])],
         "final": [record(job) for job in final],
-        "tuning": [{**asdict(job), "valid": ledger.find(job)["valid"]} for job in tuning],
+        "tuning": [{**asdict(job), "valid": ledger.loss(job)} for job in tuning],
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(RESULTS / f"{name}.json", content)
     for method in METHODS:
-        losses = [f"{ledger.find(job)['valid']:.3f}" for job in final if job.method == method]
-        print(f"{method:26} lr {rates[method]:<7g} valid {'  '.join(losses)}")
+        losses = [f"{ledger.loss(job):.3f}" for job in final if job.method == method]
+        edge = "  (lr at the edge of its grid)" if at_edge(method, rates[method]) else ""
+        print(f"{method:26} lr {rates[method]:<7g} valid {'  '.join(losses)}{edge}")
     shown = ("adaqn (PAPER)", "adam", "nadam", "rmsprop", "adagrad")
     first = [Job(m, rates[m], final[0].seed) for m in shown]
     plot_comparison([Result(**ledger.find(job)) for job in first], RESULTS / f"{name}.png")
-
-
-def _data_path(words: list[str]) -> str | None:
-    return words[words.index("--data") + 1] if "--data" in words else None
 
 
 if __name__ == "__main__":

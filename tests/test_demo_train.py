@@ -84,7 +84,7 @@ def test_train_writes_numbers_and_picture(text, tmp_path, capsys):
     assert cli.main(["train", *arguments(text, "--plot", picture, "--json", numbers)]) == 0
     assert "bits per character" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    content = json.loads(numbers.read_text())
+    content = json.loads(numbers.read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     assert content["command"].startswith("adaqn train --data")
     (run,) = content["runs"]
     assert run["bits_per_character"] == pytest.approx(run["valid"] / math.log(2))
@@ -206,12 +206,41 @@ def test_resume_without_a_checkpoint_starts_afresh(text, tmp_path, capsys):
 
 
 def test_interrupt_says_how_to_go_on(text, tmp_path, capsys, monkeypatch):
-    def interrupt(run):
-        raise KeyboardInterrupt
+    """Ctrl-C in the middle of step 7 lets the step end, saves, and the run resumes to the bit."""
+    plain = ["--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"]
+    assert cli.main(["train", *arguments(text, *plain)]) == 0
+    expected = final_losses(tmp_path)
+    whole_step = Run._step
 
-    monkeypatch.setattr(
-        "adaqn_cuda.demo.progress.Progress.update", lambda self, run: interrupt(run)
-    )
-    save = ["--save", tmp_path / "run.pt", "--plot", tmp_path / "x.png"]
-    assert cli.main(["train", *arguments(text, *save)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    def interrupted_step(run):
+        if run.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        whole_step(run)
+
+    save = ["--save", tmp_path / "run.pt", *plain]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", interrupted_step)
+        assert cli.main(["train", *arguments(text, *save)]) == 130
+        assert "--resume" in capsys.readouterr().err
+        assert cli.main(["compare", *arguments(text, *plain)]) == 130
+    assert cli.main(["train", *arguments(text, *save, "--resume")]) == 0
+    assert "at step 7" in capsys.readouterr().out
+    assert final_losses(tmp_path) == expected
+
+
+def test_resuming_a_finished_run_changes_nothing(text, tmp_path):
+    plain = ["--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"]
+    command = ["train", *arguments(text, "--save", tmp_path / "run.pt", "--resume", *plain)]
+    assert cli.main(command) == 0
+    expected = final_losses(tmp_path)
+    assert cli.main(command) == 0
+    assert final_losses(tmp_path) == expected
+
+
+def test_what_is_no_checkpoint_is_named(text, tmp_path, capsys):
+    garbage, alien = tmp_path / "garbage.pt", tmp_path / "alien.pt"
+    garbage.write_text("hi\n")
+    torch.save({"weights": 1}, alien)
+    for file in (garbage, alien):
+        assert cli.main(["train", *arguments(text, "--resume", file)]) == 2
+        assert file.name in capsys.readouterr().err

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .data import DataError
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Replace ``path`` by ``content`` in one move; a reader sees the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    part = path.with_name(path.name + ".part")  # one name: a kill leaves at most one behind
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    return torch.load(path, map_location=device, weights_only=True)
+    """What :func:`save` wrote.
+
+    Raises:
+        DataError: the file is something else, or damaged.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on what is not its own
+        reason = type(error).__name__
+        raise DataError(f"--resume {path}: not a checkpoint, or damaged ({reason})") from error
+    if not isinstance(content, dict) or "fingerprint" not in content:
+        raise DataError(f"--resume {path}: not a checkpoint of adaqn train")
+    return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -20,7 +19,9 @@ from ..options import INITS
 from ..version import __version__
 from . import checkpoint
 from .data import DataError, load_corpus
+from .interrupt import Interrupted, held_interrupts
 from .models import KINDS
+from .numbers import write_json
 from .optimizers import NAMES, PRESETS
 from .plots import PlotUnavailable, plot_comparison, plot_run
 from .progress import Progress
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         print(f"adaqn {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"adaqn {options.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 # --------------------------------------------------------------------------- arguments
@@ -73,7 +77,7 @@ def _rate(text: str) -> float:
 def _device(text: str) -> str:
     try:
         device = torch.device(text)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {reason}") from None
@@ -165,13 +169,14 @@ def _train(options: argparse.Namespace, command: str) -> int:
     _resume(options, run)
     _introduce(run)
     progress = Progress(options.optimizer, run.config.steps, run.step)
-    run.on_step = progress.update
     try:
-        result = run.train(options.save, options.save_every)
-    except KeyboardInterrupt:
-        progress.close()
+        with held_interrupts() as check:
+            run.on_step = lambda run: (progress.update(run), check())
+            result = run.train(options.save, options.save_every)
+    except Interrupted:
         return _interrupted(options, run)
-    progress.close()
+    finally:
+        progress.close()
     print(_table([result]))
     _write(options, command, [result])
     _draw(lambda: plot_run(result, options.plot), options.plot)
@@ -196,8 +201,11 @@ def _resume(options: argparse.Namespace, run: Run) -> None:
 def _interrupted(options: argparse.Namespace, run: Run) -> int:
     print(f"interrupted at step {run.step}", file=sys.stderr)
     if options.save is not None:
-        print("continue from the last checkpoint with the same command and --resume",
-              file=sys.stderr)  # fmt: skip
+        checkpoint.save(options.save, run.state_dict())
+        print(
+            f"saved to {options.save}; continue with the same command and --resume",
+            file=sys.stderr,
+        )
     return 130
 
 
@@ -279,7 +287,7 @@ def _write(options: argparse.Namespace, command: str, results: list[Result]) -> 
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs = [{**asdict(result), **result.summary()} for result in results]
     content = {"command": command, "date": date, "versions": versions, "runs": runs}
-    options.json.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.json, content)
 
 
 def _draw(draw: Any, path: Path) -> None:

@@ -114,12 +114,7 @@ class Run:
         self.batches = Batches(corpus.train, config.batch, config.bptt, "training text")
         valid_streams = min(config.batch, max(1, len(corpus.valid) // (4 * config.bptt)))
         self.valid = Batches(corpus.valid, valid_streams, config.bptt, "validation text")
-        self.optimizer = make_optimizer(
-            config.optimizer,
-            self.model.parameters(),
-            config.rate,
-            {**PRESETS[config.preset], **config.adaqn},
-        )
+        self.optimizer = self._make_optimizer()
         if config.monitor:
             self._watch(config.monitor)
         self.hidden: Hidden = None
@@ -127,6 +122,14 @@ class Run:
         self.recent: deque[float] = deque(maxlen=100)
         numel = sum(p.numel() for p in self.model.parameters())
         self.result = Result(asdict(config), corpus.name, vocabulary, numel)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        options = {**PRESETS[config.preset], **config.adaqn}
+        try:
+            return make_optimizer(config.optimizer, self.model.parameters(), config.rate, options)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"--optimizer {config.optimizer}: {error}") from error
 
     # ------------------------------------------------------------------ training
 
@@ -228,9 +231,12 @@ class Run:
         return losses[0], total - spent
 
     def _timed(self, call: Callable[[], Any]) -> float:
-        """Seconds of ``call`` on the device; on a GPU it is synchronised around every 50th call,
-        which stands for all 50."""
-        sampled = self.device.type == "cpu" or self.step % 50 == 0
+        """Seconds of ``call`` on the device.
+
+        On a GPU one call in 50 is timed, with synchronisation, and stands for all of them; not the
+        first, which warms up.
+        """
+        sampled = self.device.type == "cpu" or self.step % 50 == 25
         if not sampled:
             call()
             return 0.0
@@ -289,7 +295,8 @@ class Run:
 
     def _finish(self) -> None:
         result = self.result
-        self._record()
+        if not result.curve or result.curve[-1]["step"] != self.step:
+            self._record()  # a finished run, resumed, has this record already
         result.train, result.valid = (result.curve[-1][name] for name in ("train", "valid"))
         result.seconds = self.seconds
         result.optimizer_share = self.optimizer_seconds / max(self.seconds, 1e-9)
