@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 import sys
 from functools import cache
 from itertools import chain, repeat
@@ -11,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from cmake_module import build_module
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -21,22 +20,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 @cache
 def build() -> ModuleType:
     """The extension module, rebuilt where sources have changed."""
-    import pybind11
-
-    source = ROOT / "tests" / "emulation"
-    commands = [
-        ["cmake", "-S", source, "-B", BUILD, "-GNinja", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-DPYTHON_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-        ["cmake", "--build", BUILD],
-    ]  # fmt: skip
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    [path] = BUILD.glob("adaqn_cuda_emulated*.so")
-    spec = importlib.util.spec_from_file_location("adaqn_cuda_emulated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return build_module(ROOT / "tests" / "emulation", BUILD, "adaqn_cuda_emulated")
 
 
 def address(tensor: Tensor | None) -> int:

@@ -30,7 +30,7 @@ class Case:
         numels: sizes of the parameters.
         dtypes: of the parameters, cycled through.
         offset: elements between a 16-byte boundary and the beginning of every buffer.
-        row_padding: elements between the rows of a ring.
+        row_padding: elements between the rows of a ring; ``None`` aligns the rows.
         history_size, fisher_size, pairs, oldest, gradients: the rings and what is in them.
         pair_dtype, fisher_dtype: ``None`` for that of the vectors.
         diagonal: whether there is an accumulator.
@@ -41,7 +41,7 @@ class Case:
     numels: tuple[int, ...] = (4097,)
     dtypes: tuple[torch.dtype, ...] = (F32,)
     offset: int = 0
-    row_padding: int = 0
+    row_padding: int | None = None
     history_size: int = 5
     pairs: int = 3
     oldest: int = 4
@@ -86,7 +86,8 @@ class Problem:
         for name, count in rows.items():
             dtype = (case.fisher_dtype if name == "fisher" else case.pair_dtype) or vector
             size = max(d, 1) ** (0 if name == "fisher" else -0.5)  # pairs of length about 1
-            v[name] = self.guarded(size * self.draw(count, d), dtype, case.row_padding)
+            padding = -d % 8 if case.row_padding is None else case.row_padding
+            v[name] = self.guarded(size * self.draw(count, d), dtype, padding)
         for name in ("iterate_sum", "anchor", "direction"):
             v[name] = self.guarded(self.draw(d), vector)
         v["accumulator"] = self.guarded(self.draw(d).square(), vector) if case.diagonal else None
