@@ -37,27 +37,27 @@ NEVER = 10**9
 
 #: Method: its optimizer, the lr grid, further options of :class:`Config`.
 METHODS: dict[str, tuple[str, list[float], dict[str, Any]]] = {
-    "adaqn (PAPER)": ("adaqn", [0.004, 0.01, 0.025, 0.06], {"preset": "paper"}),
+    "adaqn (PAPER)": ("adaqn", [0.004, 0.01, 0.025, 0.06, 0.15], {"preset": "paper"}),
     "adaqn (PAPER, monitor)": (
         "adaqn",
-        [0.004, 0.01, 0.025, 0.06],
+        [0.004, 0.01, 0.025, 0.06, 0.15],
         {"preset": "paper", "monitor": MONITOR},
     ),
     "adaqn (PAPER, pairs off)": (
         "adaqn",
-        [0.004, 0.01, 0.025, 0.06],
+        [0.004, 0.01, 0.025, 0.06, 0.15],
         {"preset": "paper", "adaqn": {"update_interval": NEVER}},
     ),
-    "adam": ("adam", [0.002, 0.005, 0.0125, 0.03], {}),
-    "nadam": ("nadam", [0.002, 0.005, 0.0125, 0.03], {}),
-    "rmsprop": ("rmsprop", [0.0015, 0.004, 0.01, 0.025], {}),
-    "adagrad": ("adagrad", [0.02, 0.05, 0.125, 0.3], {}),
+    "adam": ("adam", [0.002, 0.005, 0.0125, 0.03, 0.07], {}),
+    "nadam": ("nadam", [0.002, 0.005, 0.0125, 0.03, 0.07], {}),
+    "rmsprop": ("rmsprop", [0.0015, 0.004, 0.01, 0.025, 0.06], {}),
+    "adagrad": ("adagrad", [0.02, 0.05, 0.125, 0.3, 0.75], {}),
 }
 
 #: Tasks: the options of :class:`Config` that make them.
 TASKS: dict[str, dict[str, Any]] = {
     "char": dict(level="char", hidden=128, batch=32, bptt=50, steps=600),
-    "word": dict(level="word", hidden=64, batch=20, bptt=35, steps=300),
+    "word": dict(level="word", hidden=64, batch=20, bptt=35, steps=200),
 }
 
 

@@ -49,7 +49,7 @@ def test_a_line_cut_off_by_a_kill_is_run_again(bench, tmp_path):
 def test_a_diverged_run_is_never_the_best(bench, tmp_path):
     ledger = bench.Ledger(tmp_path / "work.jsonl", TASK, "text.txt")
     grid = bench.METHODS["adam"][1]
-    for lr, valid in zip(grid, (math.nan, 2.0, 1.5, math.inf), strict=True):
+    for lr, valid in zip(grid, (math.nan, 2.0, 1.5, math.inf, 1.9), strict=True):
         ledger.add(record(bench, bench.Job("adam", lr, 0), valid=valid))
     assert bench.best_rate("adam", ledger, 0) == grid[2]
     assert bench.at_edge("adam", grid[0]) and not bench.at_edge("adam", grid[2])
