@@ -1,0 +1,502 @@
+// The operations of adaqn_cuda/ops.py on CUDA devices.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../cuda/adaqn_cuda.h"
+#include "arguments.h"
+
+// Weak, because one library serves torch with and without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace adaqn {
+namespace {
+
+using cuda::Parameters;
+using cuda::Queue;
+using cuda::State;
+using cuda::Type;
+
+// ---------------------------------------------------------------- where to run
+
+void check_cuda(cudaError_t error, const char* doing) {
+  if (error != cudaSuccess) fail({doing}, cudaGetErrorString(error));
+}
+
+/// Makes the device of a tensor the current one, for torch and for the CUDA runtime linked here.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device()) {
+    check_cuda(cudaSetDevice(tensor.get_device()), "device");
+    void* stream = nullptr;
+    if (!aoti_torch_get_current_cuda_stream) fail({"device"}, "this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  /// Calls enqueue(queue) with a workspace from torch's allocator, which orders it by stream.
+  template <class Enqueue>
+  void run(const char* operation, const Parameters& list, const State& state, const Tensor& like,
+           Enqueue enqueue) const {
+    const int64_t words = static_cast<int64_t>(workspace_bytes(list, state) / sizeof(double));
+    const Tensor workspace = torch::stable::new_empty(like, {words}, ScalarType::Double);
+    const Queue queue{stream_, static_cast<double*>(workspace.mutable_data_ptr())};
+    check_cuda(enqueue(queue), operation);
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// ---------------------------------------------------------------- one argument
+
+Type type_of(const Tensor& tensor, const Name& name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::Double:
+      return Type::f64;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    default:
+      fail(name, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType scalar_type(Type type) {
+  return type == Type::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+/// One number of `dtype` in device memory, or null.
+const void* number_of(const OptionalTensor& tensor, const Name& name, const Place& place,
+                      ScalarType dtype) {
+  if (!tensor) return nullptr;
+  place.check(*tensor, name);
+  check_dtype(*tensor, name, dtype);
+  if (tensor->numel() != 1) fail(name, "expected one number");
+  return tensor->data_ptr();
+}
+
+// ---------------------------------------------------------------- the state
+
+/// Collects checked pointers into a State.
+class StateBuilder {
+ public:
+  StateBuilder(const Place& place, Type type, int64_t numel) : place_(place) {
+    state_.type = state_.pair_type = state_.fisher_type = type;
+    state_.numel = numel;
+    state_.fisher_size = 1;
+  }
+
+  void* vector(const Tensor& tensor, const Name& name) const {
+    check_shape(tensor, name, place_, {state_.numel});
+    check_dtype(tensor, name, scalar_type(state_.type));
+    return tensor.mutable_data_ptr();
+  }
+
+  double* doubles(const Tensor& tensor, const Name& name,
+                  std::initializer_list<int64_t> shape) const {
+    check_shape(tensor, name, place_, shape);
+    check_dtype(tensor, name, ScalarType::Double);
+    return static_cast<double*>(tensor.mutable_data_ptr());
+  }
+
+  /// Rows of contiguous elements, any stride apart.
+  cuda::Ring ring(const Tensor& tensor, const Name& name, int64_t rows) const {
+    place_.check(tensor, name);
+    check_rows(tensor, name, 1);
+    if (tensor.size(0) != rows || tensor.size(1) != state_.numel) {
+      fail(name, "expected shape ", shape_text(std::initializer_list<int64_t>{rows, state_.numel}),
+           ", got ", shape_text(tensor.sizes()));
+    }
+    if (state_.numel > 1 && tensor.stride(1) != 1) fail(name, "expected contiguous rows");
+    check_ring_dtype(tensor, name, scalar_type(state_.type));
+    return {tensor.mutable_data_ptr(), tensor.stride(0)};
+  }
+
+  StateBuilder& slots(int64_t slots) {
+    if (slots < 2 || slots - 1 > cuda::kMaxHistory) {
+      fail({"history_size"}, "expected 1..", cuda::kMaxHistory, " on a CUDA device, got ",
+           slots - 1, "; pass fused=False for more");
+    }
+    state_.slots = static_cast<int32_t>(slots);
+    return *this;
+  }
+
+  StateBuilder& s_ring(const Tensor& tensor) {
+    slots(check_rows(tensor, {"s_ring"}, 2));
+    state_.s_ring = ring(tensor, {"s_ring"}, state_.slots);
+    state_.pair_type = type_of(tensor, {"s_ring"});
+    return *this;
+  }
+
+  StateBuilder& y_ring(const Tensor& tensor) {
+    slots(check_rows(tensor, {"y_ring"}, 2));
+    state_.y_ring = ring(tensor, {"y_ring"}, state_.slots);
+    const Type type = type_of(tensor, {"y_ring"});
+    if (state_.s_ring.data && type != state_.pair_type) fail({"y_ring"}, "expected s_ring's dtype");
+    state_.pair_type = type;
+    return *this;
+  }
+
+  StateBuilder& fisher(const Tensor& tensor) {
+    state_.fisher_size = check_rows(tensor, {"fisher"}, 1);
+    state_.fisher = ring(tensor, {"fisher"}, state_.fisher_size);
+    state_.fisher_type = type_of(tensor, {"fisher"});
+    return *this;
+  }
+
+  StateBuilder& counters(const Tensor& tensor) {
+    check_shape(tensor, {"counters"}, place_, {counter::count});
+    check_dtype(tensor, {"counters"}, ScalarType::Long);
+    state_.counters = static_cast<int64_t*>(tensor.mutable_data_ptr());
+    return *this;
+  }
+
+  StateBuilder& gram(const Tensor& tensor) {
+    state_.gram = doubles(tensor, {"gram"}, {state_.slots + 1, state_.slots});
+    return *this;
+  }
+
+  StateBuilder& projections(const Tensor& tensor) {
+    state_.projections = doubles(tensor, {"projections"}, {state_.slots + flag::count});
+    return *this;
+  }
+
+  StateBuilder& images(const Tensor& tensor) {
+    state_.images = doubles(tensor, {"images"}, {state_.slots});
+    return *this;
+  }
+
+  StateBuilder& column(const Tensor& tensor) {
+    state_.column = doubles(tensor, {"column"}, {state_.slots + 1});
+    return *this;
+  }
+
+  StateBuilder& direction(const Tensor& tensor, const Name& name) {
+    state_.direction = vector(tensor, name);
+    return *this;
+  }
+
+  StateBuilder& iterate_sum(const Tensor& tensor) {
+    state_.iterate_sum = vector(tensor, {"iterate_sum"});
+    return *this;
+  }
+
+  StateBuilder& anchor(const Tensor& tensor) {
+    state_.anchor = vector(tensor, {"anchor"});
+    return *this;
+  }
+
+  StateBuilder& accumulator(const OptionalTensor& tensor) {
+    if (tensor) state_.accumulator = vector(*tensor, {"accumulator"});
+    return *this;
+  }
+
+  State& operator*() { return state_; }
+
+ private:
+  const Place& place_;
+  State state_{};
+};
+
+/// A builder for vectors of the type and size of `tensor`.
+StateBuilder state_like(const Tensor& tensor, const Name& name, const Place& place) {
+  check_vector_dtype(tensor, name);
+  return StateBuilder(place, type_of(tensor, name), tensor.numel());
+}
+
+// ---------------------------------------------------------------- lists of tensors
+
+/// Parameters as the kernels take them; those that are not contiguous through copies.
+class List {
+ public:
+  List(const Tensors& params, const OptionalTensors* grads, const std::vector<int64_t>* group_sizes,
+       const Place& place) {
+    if (grads && grads->size() != params.size()) {
+      fail({"grads"}, "expected one for each of ", params.size(), " params, got ", grads->size());
+    }
+    rows_.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      const Name name{"params", static_cast<int64_t>(i)};
+      place.check(params[i], name);
+      const Tensor dense = contiguous(params[i]);
+      if (dense.data_ptr() != params[i].data_ptr()) copies_.push_back({params[i], dense});
+      const Type type = type_of(params[i], name);
+      rows_.push_back({dense.mutable_data_ptr(), nullptr, params[i].numel(), 0, type, type});
+      numel_ += params[i].numel();
+      if (grads && (*grads)[i]) set_grad(i, *(*grads)[i], place);
+    }
+    if (group_sizes) set_groups(*group_sizes);
+  }
+
+  void check_size(int64_t numel) const {
+    if (numel_ != numel) {
+      fail({"params"}, "expected ", numel, " elements in all, got ", numel_);
+    }
+  }
+
+  /// Copies what kernels wrote into parameters that are not contiguous.
+  void write_back() {
+    for (auto& [param, dense] : copies_) torch::stable::copy_(param, dense);
+  }
+
+  Parameters parameters() const { return {rows_.data(), static_cast<int64_t>(rows_.size())}; }
+  int64_t numel() const { return numel_; }
+
+  /// The state's type, as layout.state_dtype has it.
+  Type state_type() const {
+    for (const cuda::Tensor& row : rows_) {
+      if (row.param_type == Type::f64) return Type::f64;
+    }
+    return Type::f32;
+  }
+
+ private:
+  /// torch::stable::contiguous costs much more than this for tensors that are.
+  static Tensor contiguous(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+  void set_grad(size_t i, const Tensor& grad, const Place& place) {
+    const Name name{"grads", static_cast<int64_t>(i)};
+    place.check(grad, name);
+    if (grad.numel() != rows_[i].numel) {
+      fail(name, "expected ", rows_[i].numel, " elements, got ", grad.numel());
+    }
+    const Tensor dense = contiguous(grad);
+    if (dense.data_ptr() != grad.data_ptr()) kept_.push_back(dense);
+    rows_[i].grad = dense.data_ptr();
+    rows_[i].grad_type = type_of(grad, name);
+  }
+
+  void set_groups(const std::vector<int64_t>& sizes) {
+    size_t row = 0;
+    for (size_t group = 0; group < sizes.size(); ++group) {
+      for (int64_t i = 0; i < sizes[group] && row < rows_.size(); ++i, ++row) {
+        rows_[row].group = static_cast<int32_t>(group);
+      }
+    }
+    int64_t sum = 0;
+    for (int64_t size : sizes) sum += size;
+    if (sum != static_cast<int64_t>(rows_.size())) {
+      fail({"group_sizes"}, "expected sizes that sum to ", rows_.size());
+    }
+  }
+
+  std::vector<cuda::Tensor> rows_;
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+  Tensors kept_;
+  int64_t numel_ = 0;
+};
+
+cuda::Scaling scaling_of(const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                         bool maximize, const Place& place) {
+  const void* scale = number_of(grad_scale, {"grad_scale"}, place, ScalarType::Float);
+  const void* found = number_of(found_inf, {"found_inf"}, place, ScalarType::Float);
+  return {static_cast<const float*>(scale), static_cast<const float*>(found), maximize};
+}
+
+const double* rate_tensor_of(const OptionalTensor& tensor, const std::vector<double>& values,
+                             const Name& name, const Place& place, size_t groups) {
+  if (!tensor) {
+    if (values.size() != groups) fail(name, "expected ", groups, " numbers, got ", values.size());
+    return nullptr;
+  }
+  check_shape(*tensor, name, place, {static_cast<int64_t>(groups)});
+  check_dtype(*tensor, name, ScalarType::Double);
+  return static_cast<const double*>(tensor->data_ptr());
+}
+
+cuda::Rates rates_of(const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                     const OptionalTensor& weight_decay_tensor, const Place& place) {
+  const size_t groups = group_sizes.size();
+  return {lr.data(), weight_decay.data(), rate_tensor_of(lr_tensor, lr, {"lr"}, place, groups),
+          rate_tensor_of(weight_decay_tensor, weight_decay, {"weight_decay"}, place, groups)};
+}
+
+// ---------------------------------------------------------------- the step
+
+void direction_step(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
+                    const Tensor& y_ring, const Tensor& gram, const OptionalTensor& grad_scale,
+                    const OptionalTensor& found_inf, bool maximize, double keep, double add,
+                    double eps, const std::vector<int64_t>& group_sizes,
+                    const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                    const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                    const OptionalTensor& accumulator, const Tensor& fisher,
+                    const Tensor& iterate_sum, const Tensor& direction, const Tensor& projections,
+                    const Tensor& images, const Tensor& counters) {
+  const OnDevice device(s_ring);
+  const Place place(s_ring);
+  List list(params, &grads, &group_sizes, place);
+  list.check_size(direction.numel());
+  StateBuilder builder = state_like(direction, {"direction"}, place);
+  builder.s_ring(s_ring).y_ring(y_ring).gram(gram).fisher(fisher).counters(counters);
+  builder.projections(projections).images(images).direction(direction, {"direction"});
+  builder.iterate_sum(iterate_sum).accumulator(accumulator);
+  const State state = *builder;
+  const auto scaling = scaling_of(grad_scale, found_inf, maximize, place);
+  const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  device.run("direction_step", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::direction_step(list.parameters(), state, scaling, {keep, add, eps}, rates, queue);
+  });
+  list.write_back();
+}
+
+void direction_pass1(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
+                     const Tensor& counters, const OptionalTensor& grad_scale,
+                     const OptionalTensor& found_inf, bool maximize, const Tensor& projections) {
+  const OnDevice device(s_ring);
+  const Place place(s_ring);
+  const List list(params, &grads, nullptr, place);
+  StateBuilder builder(place, list.state_type(), list.numel());
+  builder.s_ring(s_ring).counters(counters).projections(projections);
+  const State state = *builder;
+  const auto scaling = scaling_of(grad_scale, found_inf, maximize, place);
+  device.run("direction_pass1", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::direction_pass1(list.parameters(), state, scaling, queue);
+  });
+}
+
+void direction_pass2(const Tensors& params, const OptionalTensors& grads, const Tensor& y_ring,
+                     const Tensor& gram, const Tensor& counters, const Tensor& projections,
+                     const OptionalTensor& grad_scale, bool maximize, double keep, double add,
+                     double eps, const OptionalTensor& accumulator, const Tensor& fisher,
+                     const Tensor& direction, const Tensor& images) {
+  const OnDevice device(y_ring);
+  const Place place(y_ring);
+  const List list(params, &grads, nullptr, place);
+  list.check_size(direction.numel());
+  StateBuilder builder = state_like(direction, {"direction"}, place);
+  builder.y_ring(y_ring).gram(gram).fisher(fisher).counters(counters).projections(projections);
+  builder.images(images).direction(direction, {"direction"}).accumulator(accumulator);
+  const State state = *builder;
+  const auto scaling = scaling_of(grad_scale, std::nullopt, maximize, place);
+  device.run("direction_pass2", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::direction_pass2(list.parameters(), state, scaling, {keep, add, eps}, queue);
+  });
+}
+
+void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& gram,
+                     const Tensor& projections, const Tensor& images, const Tensor& direction,
+                     const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                     const OptionalTensor& weight_decay_tensor, int64_t fisher_size,
+                     const Tensor& iterate_sum, const Tensor& counters) {
+  const OnDevice device(s_ring);
+  const Place place(s_ring);
+  List list(params, nullptr, &group_sizes, place);
+  list.check_size(direction.numel());
+  if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
+  StateBuilder builder = state_like(direction, {"direction"}, place);
+  builder.s_ring(s_ring).gram(gram).counters(counters).projections(projections).images(images);
+  builder.direction(direction, {"direction"}).iterate_sum(iterate_sum);
+  (*builder).fisher_size = fisher_size;
+  const State state = *builder;
+  const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  device.run("direction_pass3", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::direction_pass3(list.parameters(), state, rates, queue);
+  });
+  list.write_back();
+}
+
+// ---------------------------------------------------------------- the averaged iterate
+
+void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor& projections,
+                  const Tensor& counters, const Tensor& saved) {
+  const OnDevice device(saved);
+  const Place place(saved);
+  List list(params, nullptr, nullptr, place);
+  list.check_size(saved.numel());
+  StateBuilder builder = state_like(saved, {"saved"}, place);
+  builder.slots(projections.numel() - flag::count).projections(projections).counters(counters);
+  builder.iterate_sum(iterate_sum).direction(saved, {"saved"});
+  const State state = *builder;
+  device.run("iterate_swap", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::iterate_swap(list.parameters(), state, queue);
+  });
+  list.write_back();
+}
+
+void iterate_restore(const Tensors& params, const Tensor& saved) {
+  const OnDevice device(saved);
+  const Place place(saved);
+  List list(params, nullptr, nullptr, place);
+  list.check_size(saved.numel());
+  StateBuilder builder = state_like(saved, {"saved"}, place);
+  builder.direction(saved, {"saved"});
+  const State state = *builder;
+  device.run("iterate_restore", list.parameters(), state, saved, [&](const Queue& queue) {
+    return cuda::iterate_restore(list.parameters(), state, queue);
+  });
+  list.write_back();
+}
+
+// ---------------------------------------------------------------- the pair update
+
+void curvature_pass_a(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
+                      const Tensor& counters, const Tensor& weights) {
+  const OnDevice device(fisher);
+  const Place place(fisher);
+  StateBuilder builder = state_like(anchor, {"anchor"}, place);
+  builder.fisher(fisher).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
+  State& state = *builder;
+  state.weights = builder.doubles(weights, {"weights"}, {state.fisher_size});
+  device.run("curvature_pass_a", {}, state, counters,
+             [&](const Queue& queue) { return cuda::curvature_pass_a(state, queue); });
+}
+
+void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
+                      const Tensor& counters, const Tensor& weights, const Tensor& s_ring,
+                      const Tensor& y_ring, const Tensor& column) {
+  const OnDevice device(fisher);
+  const Place place(fisher);
+  StateBuilder builder = state_like(anchor, {"anchor"}, place);
+  builder.fisher(fisher).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
+  builder.s_ring(s_ring).y_ring(y_ring).column(column);
+  State& state = *builder;
+  state.weights = builder.doubles(weights, {"weights"}, {state.fisher_size});
+  device.run("curvature_pass_b", {}, state, counters,
+             [&](const Queue& queue) { return cuda::curvature_pass_b(state, queue); });
+}
+
+void curvature_commit(const Tensors& params, const Tensor& column,
+                      const OptionalTensor& monitored_loss, double min_curvature,
+                      double max_increase, const Tensor& gram, const Tensor& losses,
+                      const Tensor& anchor, const Tensor& iterate_sum, const Tensor& counters) {
+  const OnDevice device(anchor);
+  const Place place(anchor);
+  List list(params, nullptr, nullptr, place);
+  list.check_size(anchor.numel());
+  StateBuilder builder = state_like(anchor, {"anchor"}, place);
+  builder.slots(check_rows(gram, {"gram"}, 3) - 1).gram(gram).column(column).counters(counters);
+  builder.iterate_sum(iterate_sum).anchor(anchor);
+  State& state = *builder;
+  state.losses = builder.doubles(losses, {"losses"}, {loss::count});
+  const void* monitored = number_of(monitored_loss, {"monitored_loss"}, place, ScalarType::Double);
+  device.run("curvature_commit", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::curvature_commit(list.parameters(), state, static_cast<const double*>(monitored),
+                                  min_curvature, max_increase, queue);
+  });
+  list.write_back();
+}
+
+}  // namespace
+}  // namespace adaqn
+
+STABLE_TORCH_LIBRARY_IMPL(adaqn, CUDA, m) {
+  m.impl("direction_step", TORCH_BOX(&adaqn::direction_step));
+  m.impl("direction_pass1", TORCH_BOX(&adaqn::direction_pass1));
+  m.impl("direction_pass2", TORCH_BOX(&adaqn::direction_pass2));
+  m.impl("direction_pass3", TORCH_BOX(&adaqn::direction_pass3));
+  m.impl("iterate_swap", TORCH_BOX(&adaqn::iterate_swap));
+  m.impl("iterate_restore", TORCH_BOX(&adaqn::iterate_restore));
+  m.impl("curvature_pass_a", TORCH_BOX(&adaqn::curvature_pass_a));
+  m.impl("curvature_pass_b", TORCH_BOX(&adaqn::curvature_pass_b));
+  m.impl("curvature_commit", TORCH_BOX(&adaqn::curvature_commit));
+}
