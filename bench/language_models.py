@@ -178,8 +178,10 @@ def write(
 
     def record(job: Job) -> dict[str, Any]:
         result = ledger.find(job)
-        kept = ("train", "valid", "curve", "stats", "parameters", "vocabulary", "data")
-        return {**asdict(job), **{key: result[key] for key in kept}}
+        kept = ("train", "valid", "stats", "parameters", "vocabulary", "data")
+        # Runs share the machine: their seconds say nothing.
+        curve = [{k: r[k] for k in ("step", "train", "valid")} for r in result["curve"]]
+        return {**asdict(job), **{key: result[key] for key in kept}, "curve": curve}
 
     versions = {"adaqn_cuda": adaqn_cuda.__version__, "torch": torch.__version__}
     # The data's place is the user's own business: only its name is written down.
@@ -202,7 +204,9 @@ def write(
         print(f"{method:26} lr {rates[method]:<7g} valid {'  '.join(losses)}{edge}")
     shown = ("adaqn (PAPER)", "adam", "nadam", "rmsprop", "adagrad")
     first = [Job(m, rates[m], final[0].seed) for m in shown]
-    plot_comparison([Result(**ledger.find(job)) for job in first], RESULTS / f"{name}.png")
+    plot_comparison(
+        [Result(**ledger.find(job)) for job in first], RESULTS / f"{name}.png", over=("step",)
+    )
 
 
 if __name__ == "__main__":

@@ -75,14 +75,16 @@ def plot_run(result: Result, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_comparison(results: list[Result], path: Path) -> None:
-    """Validation loss of several runs, over steps and over seconds.
+def plot_comparison(
+    results: list[Result], path: Path, over: tuple[str, ...] = ("step", "seconds")
+) -> None:
+    """Validation loss of several runs, one panel for each column of ``over``.
 
     Raises:
         PlotUnavailable: matplotlib is not installed.
     """
-    figure, axes = _axes(2)
-    for ax, name in zip(axes, ("step", "seconds"), strict=True):
+    figure, axes = _axes(len(over))
+    for ax, name in zip(axes, over, strict=True):
         for result in results:
             label = f"{result.config['optimizer']}  {result.valid:.3f}"
             colour = COLOURS[result.config["optimizer"]]
@@ -90,8 +92,8 @@ def plot_comparison(results: list[Result], path: Path) -> None:
         ax.set_xlabel(name)
     finals = [result.valid for result in results if math.isfinite(result.valid)]
     if finals:
-        axes[0].set_ylim(min(finals) - 0.1, min(finals) + 2.0)
-    axes[1].legend(frameon=False, title="final valid loss")
+        axes[0].set_ylim(min(finals) - 0.05, min(finals) + 1.0)
+    axes[-1].legend(frameon=False, title="final valid loss")
     config = results[0].config
     figure.suptitle(f"{config['model']} on {results[0].data}, seed {config['seed']}", fontsize=10)
     figure.savefig(path)
