@@ -12,7 +12,7 @@
 namespace adaqn::cuda {
 
 /// Rows read ahead: what a thread has in flight at a time.
-constexpr int kRowsInFlight = 8;
+constexpr int kRowsInFlight = 6;
 
 /// `count` rows of a ring from the oldest on; row i lies in slot (oldest + i) % slots.
 template <class H>
@@ -37,6 +37,7 @@ __device__ __forceinline__ Rows<H> stored_rows(const Ring& ring, const PairRing&
 /// Calls visit(i, elements) for every row, several loads ahead of the first visit.
 template <Cache cache, class H, int W, class Visitor>
 __device__ __forceinline__ void visit_rows(const Rows<H>& rows, const Pack<W>& at, Visitor visit) {
+#pragma unroll 1
   for (int i0 = 0; i0 < rows.count; i0 += kRowsInFlight) {
     H tile[kRowsInFlight][W];
 #pragma unroll

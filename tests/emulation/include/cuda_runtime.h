@@ -144,16 +144,25 @@ inline void add_fibers(std::vector<Fiber>& fibers, Block& block) {
   }
 }
 
+/// Whether any of them could move.
+inline bool resume_all(Fiber* begin, Fiber* end) {
+  bool moved = false;
+  for (Fiber* fiber = begin; fiber != end; ++fiber) {
+    const Barrier* barrier = fiber->waits_for;
+    if (fiber->done || (barrier && barrier->generation == fiber->generation)) continue;
+    resume(*fiber);
+    moved = true;
+  }
+  return moved;
+}
+
 inline void run_fibers(std::vector<Fiber>& fibers) {
   if (reverse_order) std::reverse(fibers.begin(), fibers.end());
-  bool progress = true;
-  while (progress) {
+  // Each block goes as far as it can before the next one moves, so that blocks drift apart.
+  for (bool progress = true; progress;) {
     progress = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
-      if (fiber.waits_for && fiber.waits_for->generation == fiber.generation) continue;
-      resume(fiber);
-      progress = true;
+    for (size_t first = 0; first < fibers.size(); first += blockDim.x) {
+      while (resume_all(&fibers[first], &fibers[first] + blockDim.x)) progress = true;
     }
   }
   size_t waiting = 0, left = 0;
