@@ -64,8 +64,9 @@ class Problem:
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case, self.device = case, device
         self.guards: list[tuple[Tensor, Tensor]] = []
-        draw = torch.Generator().manual_seed(case.seed)
-        self.draw = lambda *shape: torch.randn(*shape, generator=draw, dtype=F64)
+        draw = torch.Generator(device).manual_seed(case.seed)
+        options = dict(generator=draw, dtype=F64, device=device)
+        self.draw = lambda *shape: torch.randn(*shape, **options)
         d, slots = sum(case.numels), pair_slots(case.history_size)
         kinds = [case.dtypes[i % len(case.dtypes)] for i in range(len(case.numels))]
         vector = state_dtype([torch.empty(0, dtype=kind) for kind in kinds])
@@ -91,10 +92,10 @@ class Problem:
         for name in ("iterate_sum", "anchor", "direction"):
             v[name] = self.guarded(self.draw(d), vector)
         v["accumulator"] = self.guarded(self.draw(d).square(), vector) if case.diagonal else None
-        gram = torch.full((slots + 1, slots), torch.nan, dtype=F64)
+        gram = torch.full((slots + 1, slots), torch.nan, dtype=F64, device=device)
         for i, row in enumerate(stored):
             gram[row, stored[i:]] = 0.2 * self.draw(case.pairs - i)
-            gram[row, row] = 1.5 + torch.rand((), generator=draw, dtype=F64)
+            gram[row, row] = 1.5 + torch.rand((), **options)
             gram[slots, row] = 2.5
         v["gram"] = self.guarded(gram, F64)
         v["losses"] = self.guarded(torch.tensor([1.0, torch.nan]), F64)

@@ -1,0 +1,273 @@
+"""The CUDA kernels on a GPU: the properties of the emulated ones, and what only a GPU shows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_problems import BF16, F64, Case
+from kernel_properties import (
+    ALL,
+    CASES,
+    MIXED,
+    OUTCOMES,
+    STEP,
+    check_case,
+    check_dropped,
+    check_fused_is_separate,
+    check_outcome,
+    check_overflow_bars_the_pair,
+    check_rate_tensors,
+    check_repeatable,
+    check_restore,
+    check_scaling,
+    check_swap_without_iterates,
+)
+from problems import random_parameters
+
+from adaqn_cuda import AdaQN, ops
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+NATIVE = SimpleNamespace(**{name: getattr(torch.ops.adaqn, name).default for name in ops.SCHEMAS})
+LARGE = {
+    "3 000 001": Case(numels=(3_000_001,)),
+    "3 000 001 in bfloat16": Case(numels=(3_000_001,), pair_dtype=BF16, fisher_dtype=BF16),
+    "20 000 000": Case(numels=(20_000_000,), history_size=2, pairs=2, oldest=1, fisher_size=2),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native():
+    """The kernels, not the reference, are what runs."""
+    obstacle = ops.native_obstacle(torch.device("cuda"))
+    assert obstacle is None, obstacle
+
+
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+@pytest.mark.parametrize("operation", ALL)
+def test_operation_agrees_with_the_reference(operation, case):
+    check_case(NATIVE, operation, {**CASES, **LARGE}[case], "cuda")
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("operation", STEP)
+def test_gradient_scale(operation, maximize):
+    check_scaling(NATIVE, operation, "cuda", maximize)
+
+
+@pytest.mark.parametrize("operation", ["direction_pass3", "direction_step"])
+def test_rates_on_the_device(operation):
+    check_rate_tensors(NATIVE, operation, "cuda")
+
+
+@pytest.mark.parametrize("case", [Case(), MIXED], ids=["plain", "mixed"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("reason", ["nan", "inf", "-inf", "found_inf", "blank"])
+def test_dropped_step_changes_nothing(reason, fused, case):
+    check_dropped(NATIVE, "cuda", reason, fused, case.but(missing=0))
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "bfloat16 rings", "full rings", "3 000 001"])
+def test_fused_step_is_its_passes(case):
+    check_fused_is_separate(NATIVE, "cuda", {**CASES, **LARGE}[case])
+
+
+@pytest.mark.parametrize("case", ["plain", "3 000 tensors", "3 000 001"])
+def test_same_bits_on_repetition(case):
+    check_repeatable(NATIVE, "cuda", {**CASES, **LARGE}[case])
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "mixed with float64", "3 000 tensors"])
+def test_restore_undoes_swap(case):
+    check_restore(NATIVE, "cuda", CASES[case])
+
+
+def test_swap_without_iterates():
+    check_swap_without_iterates(NATIVE, "cuda")
+
+
+@pytest.mark.parametrize("case", [Case(), MIXED], ids=["plain", "mixed"])
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_commit(outcome, case):
+    check_outcome(NATIVE, "cuda", outcome, case)
+
+
+def test_overflow_bars_the_pair():
+    check_overflow_bars_the_pair(NATIVE, "cuda")
+
+
+# ------------------------------------------------------------------ the optimizer on a GPU
+
+
+def make(device="cuda", shapes=((64, 33), (64,), (), (7, 5)), **options):
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in random_parameters(shapes)]
+    options = {"lr": 0.01, "history_size": 4, "fisher_size": 6, "update_interval": 3, **options}
+    return params, AdaQN(params, **options)
+
+
+def set_gradients(params, step, bad=False):
+    """Gradients of a noisy bowl, in place, so that a captured graph finds them."""
+    for index, p in enumerate(params):
+        draw = torch.Generator().manual_seed(7919 * step + index)
+        noise = torch.randn(p.shape, generator=draw).to(p.device, non_blocking=True)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        torch.mul(p.detach(), 0.3 + 0.1 * index, out=p.grad)
+        p.grad.add_(noise, alpha=0.2)
+        if bad:
+            p.grad.fill_(torch.nan)
+
+
+def test_cpu_and_gpu_go_the_same_way():
+    paths = []
+    for device in ("cpu", "cuda"):
+        params, optimizer = make(device)
+        for p in params:
+            p.data = p.data.to(F64)
+        for step in range(30):
+            set_gradients(params, step)
+            optimizer.step()
+        paths.append([p.detach().cpu() for p in params])
+    for a, b in zip(*paths, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_parameters_that_are_not_contiguous():
+    """They give what contiguous ones give, and keep their strides."""
+    results = []
+    for transpose in (False, True):
+        params, optimizer = make(shapes=((6, 5), (4,)))
+        if transpose:
+            params[0].data = params[0].data.t().contiguous().t()
+        for step in range(8):
+            set_gradients(params, step)
+            if transpose:
+                params[0].grad = params[0].grad.t().contiguous().t()
+            optimizer.step()
+        assert params[0].is_contiguous() != transpose
+        results.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.fixture
+def no_synchronisation():
+    """A function that makes every wait for the device an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+def test_a_hundred_steps_never_wait(no_synchronisation, monitored):
+    """Pair updates, resets and dropped steps among them."""
+    params, optimizer = make(max_increase=1.0)
+    losses = [torch.tensor(x, device="cuda") for x in (1.0, 3.0, 0.9, 5.0)]
+    if monitored:
+        calls = iter(range(1000))
+        optimizer.monitor = lambda: losses[next(calls) % 4]
+    gradients = []
+    for step in range(100):
+        set_gradients(params, step, bad=step % 17 == 5)
+        gradients.append([p.grad.clone() for p in params])
+    optimizer.step()  # allocates
+    torch.cuda.synchronize()
+    no_synchronisation()
+    for grads in gradients:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    stats = optimizer.stats()
+    assert stats["steps_skipped"] >= 5 and stats["stored"] > 0
+    assert (stats["resets"] > 0) == monitored
+
+
+def capture(optimizer, interval):
+    """Graphs of a plain step (False) and of a step with a pair update (True).
+
+    The host knows which step is due, so as many steps are captured as make a whole interval.
+    """
+    graphs = {}
+    for step in range(interval):
+        graph = graphs[step == interval - 1] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    return graphs
+
+
+def test_captured_steps_replay_as_eager_ones():
+    """lr changes between replays, and gradients come and go as not finite."""
+    interval, results = 3, []
+    for captured in (False, True):
+        lr = torch.tensor(0.01, dtype=F64, device="cuda")
+        params, optimizer = make(lr=lr, update_interval=interval)
+        for step in range(interval):  # both kinds of step run before their capture
+            set_gradients(params, step)
+            optimizer.step()
+        graphs = capture(optimizer, interval) if captured else None
+        for step in range(interval, 10 * interval):
+            if step == 5 * interval:
+                lr.fill_(0.002)
+            set_gradients(params, step, bad=step == 20)
+            if captured:
+                graphs[(step + 1) % interval == 0].replay()
+            else:
+                optimizer.step()
+        stats = optimizer.stats()
+        assert stats["stored"] > 1 and stats["steps_skipped"] == 1
+        results.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_side_stream():
+    results = []
+    for side in (False, True):
+        params, optimizer = make()
+        stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for step in range(10):
+                set_gradients(params, step)
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        results.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_grad_scaler(overflow):
+    """Scaled half-precision training; an overflow changes nothing."""
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
+    params, optimizer = make()
+    scaler.scale(torch.zeros((), device="cuda", requires_grad=True))
+    for step in range(6):
+        set_gradients(params, step)
+        for p in params:
+            p.grad.mul_(scaler.get_scale())
+        if overflow and step == 5:
+            params[0].grad[0, 0] = torch.inf
+        before = [p.detach().clone() for p in params]
+        scaler.step(optimizer)
+        scaler.update()
+    changed = any(not torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert changed != overflow
+    assert optimizer.stats()["steps_skipped"] == overflow
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_device_other_than_the_current_one():
+    params, optimizer = make("cuda:1")
+    for step in range(7):
+        set_gradients(params, step)
+        optimizer.step()
+    assert torch.cuda.current_device() == 0
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_too_long_a_history_is_refused():
+    params, optimizer = make(history_size=65)
+    set_gradients(params, 0)
+    with pytest.raises(RuntimeError, match="history_size"):
+        optimizer.step()
