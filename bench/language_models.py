@@ -34,6 +34,7 @@ from adaqn_cuda.demo.train import Config, Diverged, Result, Run
 RESULTS = Path(__file__).parent / "results"
 MONITOR = 256
 NEVER = 10**9
+EVALUATIONS = 6
 
 #: Method: its optimizer, the lr grid, further options of :class:`Config`.
 METHODS: dict[str, tuple[str, list[float], dict[str, Any]]] = {
@@ -82,7 +83,7 @@ def execute(job: Job, task: dict[str, Any], data: str) -> dict[str, Any]:
     config = config_of(job, task, data)
     run = Run(config, load_corpus(data, config.level))
     try:
-        result = run.train()
+        result = run.train(evaluate_every=max(1, config.steps // EVALUATIONS))
     except Diverged:
         result = run.result
         result.train = result.valid = float("inf")
