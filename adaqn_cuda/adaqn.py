@@ -273,9 +273,13 @@ class AdaQN(Optimizer):
         calls = self._calls + counted
         due = counted and calls % common["update_interval"] == 0
         op = ops.select_backend(self._arena.device, common["fused"]).ops
+        # The dispatcher does so for lists of tensors, but not where some may be missing.
+        grads = [None if g is None else g.resolve_neg() for g in grads]
         loss = self._move(op, params, grads, state, common, monitored=due)
         if due:
             self._update_pairs(op, params, state, common, loss)
+        # Native kernels write behind autograd's back; a graph that saved a parameter must know.
+        torch.autograd.graph.increment_version(params)
         self._calls, self._fresh = calls, False
         self._arena.calls.fill_(calls)
 
