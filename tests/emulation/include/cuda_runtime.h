@@ -53,7 +53,7 @@ inline dim3 blockDim, gridDim;
 namespace emulation {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kCanaryBytes = 256;
+constexpr size_t kCanaryBytes = 16 << 10;
 constexpr unsigned char kFill = 0xff;  // NaN in every floating-point format
 
 // The simulated device; tests change it.
