@@ -72,7 +72,7 @@ def shapes_of(model: torch.nn.Module) -> list[tuple[int, ...]]:
 def language_models() -> dict[str, tuple[Callable[[], RecurrentLM], int, int, int]]:
     """Models to train, with vocabulary, steps and batch."""
     return {
-        "demo LSTM": (partial(RecurrentLM, "lstm", 128, 128, 1), 128, 50, 32),
+        "demo LSTM": (partial(RecurrentLM, "lstm", 128, 256, 1), 128, 32, 32),
         "Zaremba medium LSTM": (partial(RecurrentLM, "lstm", 10_000, 650, 2), 10_000, 35, 20),
     }
 
