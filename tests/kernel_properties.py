@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import torch
-from kernel_problems import BF16, F16, F32, F64, Case, Problem, bits, check, run
+from kernel_problems import BF16, F16, F32, F64, Case, Problem, arguments, bits, check, run
 
+from adaqn_cuda import reference
 from adaqn_cuda.layout import Counter, Flag, Loss
 
 STEP = ("direction_pass1", "direction_pass2", "direction_pass3", "direction_step")
@@ -117,6 +118,26 @@ def check_fused_is_separate(namespace, device: str, case: Case) -> None:
     )
     for name in ("projections", "counters", "direction"):
         assert torch.equal(bits(fused[name]), bits(separate[name])), name
+
+
+def check_direction_accuracy(namespace, device: str, case: Case) -> None:
+    """The float32 direction is within 1e-6 of the one computed from the same data in float64."""
+    problem = Problem(case.but(dtypes=(F32,)), device)
+    problem["lr"], problem["weight_decay"] = [1.0], [0.0]
+    for w in problem["params"]:
+        w.zero_()  # so that the new parameters are the direction, unrounded
+    exact = {name: as_double(value) for name, value in problem.for_reference().items()}
+    reference.direction_step(*arguments("direction_step", exact))
+    problem.poison()
+    run(namespace, "direction_step", problem)
+    mine, theirs = (torch.cat(p).double() for p in (problem["params"], exact["params"]))
+    assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def as_double(value):
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return [as_double(x) for x in value] if isinstance(value, list) else value
 
 
 def check_repeatable(namespace, device: str, case: Case) -> None:

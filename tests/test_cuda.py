@@ -12,6 +12,7 @@ from kernel_properties import (
     OUTCOMES,
     STEP,
     check_case,
+    check_direction_accuracy,
     check_dropped,
     check_fused_is_separate,
     check_outcome,
@@ -73,6 +74,13 @@ def test_dropped_step_changes_nothing(reason, fused, case):
 @pytest.mark.parametrize("case", ["plain", "mixed", "bfloat16 rings", "full rings", "3 000 001"])
 def test_fused_step_is_its_passes(case):
     check_fused_is_separate(NATIVE, "cuda", {**CASES, **LARGE}[case])
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "unpadded rows", "bfloat16 rings", "full rings", "3 000 001"]
+)
+def test_direction_is_accurate(case):
+    check_direction_accuracy(NATIVE, "cuda", {**CASES, **LARGE}[case])
 
 
 @pytest.mark.parametrize("case", ["plain", "3 000 tensors", "3 000 001"])

@@ -11,6 +11,7 @@ from kernel_properties import (
     OUTCOMES,
     STEP,
     check_case,
+    check_direction_accuracy,
     check_dropped,
     check_fused_is_separate,
     check_outcome,
@@ -71,6 +72,13 @@ def test_dropped_step_changes_nothing(emulated, reason, fused, case):
 @pytest.mark.parametrize("case", ["plain", "mixed", "bfloat16 rings", "full rings", "100 000"])
 def test_fused_step_is_its_passes(emulated, case):
     check_fused_is_separate(emulated, "cpu", CASES[case])
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "unpadded rows", "bfloat16 rings", "full rings", "100 000"]
+)
+def test_direction_is_accurate(emulated, case):
+    check_direction_accuracy(emulated, "cpu", CASES[case])
 
 
 def test_same_bits_on_repetition(emulated):
