@@ -110,7 +110,8 @@ class Build(cpp_extension.BuildExtension):
         except Exception as error:
             if REQUIRED:
                 raise
-            note_failure(f"the build failed: {error}")
+            hint = " (ADAQN_CUDA=0 builds for the CPU alone)" if cuda_home() else ""
+            note_failure(f"the build failed: {error}{hint}")
             (Path(self.build_lib) / "adaqn_cuda").mkdir(parents=True, exist_ok=True)
             if not self.inplace:
                 shutil.copy(FAILURE, Path(self.build_lib) / "adaqn_cuda")
@@ -118,7 +119,10 @@ class Build(cpp_extension.BuildExtension):
 
 
 def note_failure(reason: str) -> None:
-    FAILURE.write_text(reason.strip().splitlines()[0] + "\n")
+    """Warn, and leave the reason for ``python -m adaqn_cuda``."""
+    FAILURE.write_text(" ".join(reason.split()) + "\n")
+    if {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first, then builds
+        return
     rule = "*" * 78
     print(
         f"{rule}\nWARNING: installing adaqn_cuda without its native kernels:\n{reason}\n"
