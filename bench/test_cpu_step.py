@@ -12,6 +12,7 @@ tensors; gradients are random, and the pairs are put into the state by hand.
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from time import perf_counter
 
 import pytest
@@ -103,42 +104,44 @@ def bandwidth() -> float:
         start = perf_counter()
         target.copy_(source)
         times.append(perf_counter() - start)
-    return 2 * source.numel() * source.element_size() / min(times)
+    return 2 * source.numel() * source.element_size() / median(times)
 
 
 @pytest.fixture(scope="module")
 def table(bandwidth):
-    """Rows for the end of the run: (d, m, name, seconds, floor or None)."""
-    rows: list[tuple[int, int | None, str, float, float | None]] = []
+    """Rows for the end of the run: (d, m, name, median, interquartile range, floor or None)."""
+    rows: list[tuple[int, int | None, str, float, float, float | None]] = []
     yield rows
     print(f"\n\ncopy {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads\n")
-    print("| d | m | step of | ms | over the byte floor |\n|---|---|---|---|---|")
-    for d, m, name, seconds, floor in sorted(rows, key=lambda row: (row[0], row[1] or 0)):
+    print("| d | m | step of | median ms | IQR ms | over the byte floor |")
+    print("|---|---|---|---|---|---|")
+    for d, m, name, seconds, iqr, floor in sorted(rows, key=lambda row: (row[0], row[1] or 0)):
         ratio = "" if floor is None else f"{seconds / floor:.2f}"
-        print(f"| {d:.0e} | {m or ''} | {name} | {seconds * 1e3:.3f} | {ratio} |")
+        times = f"{seconds * 1e3:.3f} | {iqr * 1e3:.3f}"
+        print(f"| {d:.0e} | {m or ''} | {name} | {times} | {ratio} |")
 
 
-def measure(benchmark, step: Step, d: int) -> float:
-    """Seconds of the fastest of many rounds, enough of them to find a quiet moment."""
-    rounds = max(7, min(1000, 20_000_000 // d))
+def measure(benchmark, step: Step, d: int) -> tuple[float, float]:
+    """Median and interquartile range of a step's seconds over many rounds."""
+    rounds = max(9, min(1000, 20_000_000 // d))
     benchmark.pedantic(step, rounds=rounds, warmup_rounds=3)
-    return benchmark.stats.stats.min
+    return benchmark.stats.stats.median, benchmark.stats.stats.iqr
 
 
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("m", HISTORIES)
 @pytest.mark.parametrize("name", WITH_HISTORY)
 def test_with_history(benchmark, bandwidth, table, name, m, d):
-    seconds = measure(benchmark, WITH_HISTORY[name](d, m), d)
+    seconds, iqr = measure(benchmark, WITH_HISTORY[name](d, m), d)
     floor = None
     if name in ("adaqn", "adaqn bfloat16"):
         floor = ((6 if "bfloat16" in name else 12) * m + 44) * d / bandwidth
         benchmark.extra_info.update(floor=floor, ratio=seconds / floor, bandwidth=bandwidth)
-    table.append((d, m, name, seconds, floor))
+    table.append((d, m, name, seconds, iqr, floor))
 
 
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_first_order(benchmark, table, name, d):
-    seconds = measure(benchmark, FIRST_ORDER[name](parameters(d)).step, d)
-    table.append((d, None, name, seconds, None))
+    seconds, iqr = measure(benchmark, FIRST_ORDER[name](parameters(d)).step, d)
+    table.append((d, None, name, seconds, iqr, None))
