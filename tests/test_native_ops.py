@@ -327,6 +327,15 @@ def test_swap_and_restore_are_inverse_to_the_bit(dtypes):
     assert all(torch.equal(p, q) for p, q in zip(state.params, before, strict=True))
 
 
+def test_swap_without_any_iterate_leaves_the_parameters():
+    state = State([(40,)])
+    state.counters[Counter.ITERATES] = 0
+    state.projections[Flag.NONFINITE] = 1
+    before = state.params[0].clone()
+    native("iterate_swap", state)
+    assert torch.equal(state.params[0], before) and torch.equal(state.direction, before)
+
+
 def test_same_bits_for_any_number_of_threads():
     threads = torch.get_num_threads()
     results = []
