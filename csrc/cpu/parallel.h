@@ -16,7 +16,7 @@ using ParallelFor = void (*)(int64_t count, void (*body)(int64_t begin, int64_t 
 /// Elements of one task.  Independent of the number of threads, and with it every sum.
 constexpr int64_t kChunk = 16384;
 /// Elements whose working set, a block of every row of a ring, stays in the L2 cache.
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 8192;
 static_assert(kChunk % kBlock == 0);
 
 inline int64_t chunk_count(int64_t size) { return (size + kChunk - 1) / kChunk; }
