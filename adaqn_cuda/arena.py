@@ -14,10 +14,8 @@ from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 #: Buffers with one entry per scalar parameter; the rings have one row of them per slot.
 VECTORS = ("accumulator", "iterate_sum", "anchor")
 RINGS = ("s_ring", "y_ring", "fisher")
-#: Buffers that belong to the optimizer as a whole.
+#: Buffers that belong to the optimizer as a whole.  Checkpoints hold these and views of the above.
 SHARED = ("gram", "losses", "counters", "calls")
-#: What a checkpoint holds: every entry of ``state[p]``, views of the above.
-PERSISTENT = VECTORS + RINGS + SHARED
 
 
 def real_view(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
+from math import inf
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,8 +33,13 @@ INITS = ("adagrad", "rmsprop", "scalar")
 PER_GROUP = ("lr", "weight_decay")
 
 
-def _number(low: float, rule: str, *, strict: bool = False, high: float = float("inf")):
-    """A check that a real number is finite, above ``low`` and below ``high``."""
+def _number(
+    low: float, rule: str, *, strict: bool = False, high: float = inf, infinite: bool = False
+) -> Callable[[str, Any], None]:
+    """A check that a real number is at least ``low`` (above it if ``strict``) and below ``high``.
+
+    With ``infinite``, infinity is in range too.
+    """
 
     def check(name: str, value: Any) -> None:
         number = value
@@ -47,10 +52,7 @@ def _number(low: float, rule: str, *, strict: bool = False, high: float = float(
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected {_kind(name)}, got {value!r}")
         above = number > low if strict else number >= low
-        infinite_allowed = name == "max_increase"
-        if not (above and number < high) and not (infinite_allowed and number == high):
-            raise ValueError(f"{name}: expected {rule}, got {value!r}")
-        if not isfinite(number) and not infinite_allowed:
+        if not (above and (number < high or infinite)):
             raise ValueError(f"{name}: expected {rule}, got {value!r}")
 
     return check
@@ -105,7 +107,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "decay": _number(0.0, "a number in [0, 1)", high=1.0),
     "eps": _number(0.0, "a finite number > 0", strict=True),
     "min_curvature": _number(0.0, "a finite number >= 0"),
-    "max_increase": _number(1.0, "a number >= 1"),
+    "max_increase": _number(1.0, "a number >= 1", infinite=True),
     "maximize": _flag,
     "history_dtype": _ring_dtype,
     "fisher_dtype": _ring_dtype,

@@ -36,6 +36,15 @@ def trained(params, steps, **options) -> AdaQN:
     return optimizer
 
 
+def step_together(a, b, ours, theirs, step) -> None:
+    """One step of each optimizer, with the same gradients."""
+    set_gradients(ours, step)
+    for p, q in zip(ours, theirs, strict=True):
+        q.grad = p.grad.clone()
+    a.step()
+    b.step()
+
+
 def stored_pairs(optimizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The pairs in memory, oldest first, flat and in float64."""
     entries = [optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
@@ -125,11 +134,7 @@ def test_without_pairs_it_is_the_first_order_method(shapes, seed, init):
     else:
         b = torch.optim.Adagrad(theirs, lr=0.01, eps=0)
     for step in range(8):
-        set_gradients(ours, step)
-        for p, q in zip(ours, theirs, strict=True):
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
+        step_together(a, b, ours, theirs, step)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
@@ -152,11 +157,7 @@ def test_permuting_parameters_permutes_the_result(seed, init, order):
     a = AdaQN(ours, **options)
     b = AdaQN([{"params": [theirs[i]]} for i in order], **options)
     for step in range(12):
-        set_gradients(ours, step)
-        for p, q in zip(ours, theirs, strict=True):
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
+        step_together(a, b, ours, theirs, step)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
