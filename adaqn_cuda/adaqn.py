@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
 from numbers import Number, Real
 from typing import Any
 
@@ -10,11 +11,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops
+from . import ops, reference
 from .arena import Arena, Buffers, Sizes, real_view
+from .blocks import check_blocks
 from .compiled import register
+from .curvature import (
+    Product,
+    average_gradient,
+    closure_difference,
+    given_product,
+    move_anchor_gradient,
+    pending_displacement,
+    sum_gradients,
+)
+from .kronecker import Kronecker
 from .layout import Counter, Loss
-from .options import CHECKS, PER_GROUP, check_monitor, validate, validate_group
+from .options import CHECKS, PER_GROUP, check_callable, validate, validate_group
+
+#: Subspace iterations that find the eigenbases at the first step.
+FIRST_ITERATIONS = 10
 
 Monitor = Callable[[], "Tensor | float"]
 
@@ -112,6 +127,16 @@ class AdaQN(Optimizer):
         eps: float = 2**-26,
         min_curvature: float = 1e-4,
         max_increase: float = 1.01,
+        curvature: str | Product = "fisher",
+        curvature_closure: Callable[[], Tensor] | None = None,
+        momentum: float = 0.0,
+        damping: float = 0.0,
+        max_direction: float = inf,
+        bias_correction: bool = False,
+        max_grad_norm: float = inf,
+        max_factor_dim: int = 600,
+        factor_interval: int = 10,
+        blocks: Mapping[Tensor, int] | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
@@ -123,15 +148,22 @@ class AdaQN(Optimizer):
         differentiable: bool = False,
     ) -> None:
         values = locals()
+        self.curvature_product = curvature if callable(curvature) else None
+        if callable(curvature):
+            values = {**values, "curvature": "product"}
         defaults = {name: values[name] for name in CHECKS}
         validate(defaults)
-        check_monitor(monitor)
-        self.monitor = monitor
+        self.monitor, self.curvature_closure = monitor, curvature_closure
+        self._check_hooks(defaults)
         self._arena: Arena | None = None
         self._calls = 0
         self._fresh = False
         self._handle = register(self)
         super().__init__(params, defaults)
+        if blocks is not None:
+            check_blocks(blocks, self._parameters())
+            for group in self.param_groups:
+                group["blocks"] = [int(blocks.get(p, 1)) for p in group["params"]]
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
 
@@ -151,9 +183,13 @@ class AdaQN(Optimizer):
             validate_group(param_group, self._common())
         super().add_param_group(param_group)
         try:
-            _check_dtypes(self.param_groups[-1]["params"])
+            group = self.param_groups[-1]
+            _check_dtypes(group["params"])
+            given = group.get("blocks", {})
+            check_blocks(given, group["params"])
+            group["blocks"] = [int(given.get(p, 1)) for p in group["params"]]
             if self._arena is not None:
-                self._bind(self._arena.grown(*self._layout()), self._calls)
+                self._bind(self._arena.grown(self._new_arena(self._common())), self._calls)
         except Exception:
             self.param_groups.pop()
             raise
@@ -165,18 +201,29 @@ class AdaQN(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _sizes(self, common: dict[str, Any]) -> Sizes:
-        return Sizes.of(
-            self._parameters(),
-            history_size=common["history_size"],
-            fisher_size=common["fisher_size"],
-            diagonal=common["init"] != "scalar",
-            history_dtype=common["history_dtype"],
-            fisher_dtype=common["fisher_dtype"],
+    def _check_hooks(self, common: dict[str, Any]) -> None:
+        """What is called at pair updates must be callable, and there."""
+        hooks = ("monitor", "curvature_closure", "curvature_product")
+        for name in hooks:
+            check_callable(name, getattr(self, name), common["history_size"])
+
+    def _sizes(self) -> Sizes:
+        return Sizes.of(self._parameters(), self._common())
+
+    def _state_bytes(self) -> int:
+        """Device memory of the state, allocated or not."""
+        sizes, common = self._sizes(), self._common()
+        if common["init"] != "kronecker":
+            return sizes.bytes()
+        views = [real_view(p.detach()) for p in self._parameters()]
+        return sizes.bytes() + Kronecker.bytes(
+            views, self._blocks(self.param_groups), sizes.dtype, common["max_factor_dim"]
         )
 
-    def _layout(self, common: dict[str, Any] | None = None) -> tuple[list[Tensor], Sizes]:
-        """Arguments of an :class:`Arena` for all parameters."""
+    def _new_arena(
+        self, common: dict[str, Any], groups: list[dict[str, Any]] | None = None
+    ) -> Arena:
+        """Buffers for all parameters under the options ``common`` and the blocks of ``groups``."""
         params = self._parameters()
         devices = {p.device for p in params}
         if len(devices) > 1:
@@ -185,7 +232,17 @@ class AdaQN(Optimizer):
                 f"params: expected all on one device, got {names}; give each device an optimizer "
                 "of its own"
             )
-        return params, self._sizes(common or self._common())
+        sizes, kronecker = Sizes.of(params, common), None
+        if common["init"] == "kronecker":
+            views = [real_view(p.detach()) for p in params]
+            blocks = self._blocks(groups or self.param_groups)
+            check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n > 1}, params)
+            kronecker = Kronecker(views, blocks, sizes.dtype, common["max_factor_dim"])
+        return Arena(params, sizes, kronecker)
+
+    @staticmethod
+    def _blocks(groups: list[dict[str, Any]]) -> list[int]:
+        return [n for group in groups for n in group["blocks"]]
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
@@ -224,12 +281,14 @@ class AdaQN(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._check_hooks(self._common())
+        self._check_curvature(self._common())
         grads = self._gradients()
         self._init_group()
         params = [real_view(p) for p in self._arena.params]
         if not torch.compiler.is_compiling():
             self._advance(params, grads, self._arena)
-        elif self.monitor is None:
+        elif self._hookless():
             torch.ops.adaqn.whole_step(self._handle, params, grads, self._arena.tensors())
         else:
             self._advance_outside_graph(params, grads)
@@ -241,12 +300,12 @@ class AdaQN(Optimizer):
         ``torch.compile`` runs a method of this name instead of tracing it.
         """
         if self._arena is None:
-            self._bind(Arena(*self._layout()), calls=0)
+            self._bind(self._new_arena(self._common()), calls=0)
             self._fresh = True
 
     @torch.compiler.disable
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
-        """A compiled step with a monitor: Python that no graph can hold."""
+        """A compiled step that calls the user's functions: Python that no graph can hold."""
         self._advance(params, grads, self._arena)
 
     def _gradients(self) -> list[Tensor | None]:
@@ -263,6 +322,23 @@ class AdaQN(Optimizer):
                 grads[index] = torch.view_as_real(g.resolve_conj())
         return grads
 
+    def _hookless(self) -> bool:
+        """Whether no function of the user's is called in a step."""
+        return self.monitor is None and self._common()["curvature"] in ("fisher", "gradients")
+
+    def _check_curvature(self, common: dict[str, Any]) -> None:
+        if common["curvature"] == "difference" and self.curvature_closure is None:
+            raise RuntimeError(
+                "curvature='difference' needs a curvature_closure that returns the loss on the "
+                "current batch; assign one, or use curvature='gradients' if every step sees the "
+                "same batch"
+            )
+        if common["curvature"] == "product" and self.curvature_product is None:
+            raise RuntimeError(
+                "curvature: the callable is not part of copies and checkpoints; assign it to "
+                "curvature_product"
+            )
+
     def _advance(self, params: list[Tensor], grads: list[Tensor | None], state: Buffers) -> None:
         """One call of the schedule: a step and, every ``update_interval`` calls, a pair update."""
         common = self._common()
@@ -271,17 +347,43 @@ class AdaQN(Optimizer):
             not isinstance(group["lr"], Number) or group["lr"] != 0 for group in self.param_groups
         )
         calls = self._calls + counted
-        due = counted and calls % common["update_interval"] == 0
+        has_pairs = common["history_size"] > 0
+        due = has_pairs and counted and calls % common["update_interval"] == 0
         op = ops.select_backend(self._arena.device, common["fused"]).ops
         # The dispatcher does so for lists of tensors, but not where some may be missing.
         grads = [None if g is None else g.resolve_neg() for g in grads]
-        loss = self._move(op, params, grads, state, common, monitored=due)
+        if has_pairs or state.kronecker is not None:
+            loss, y = self._move(op, params, grads, state, common, calls, due)
+        else:
+            self._move_plainly(op, params, grads, state, common)
         if due:
-            self._update_pairs(op, params, state, common, loss)
+            self._update_pairs(op, params, state, common, loss, y)
         # Native kernels write behind autograd's back; a graph that saved a parameter must know.
         torch.autograd.graph.increment_version(params)
         self._calls, self._fresh = calls, False
         self._arena.calls.fill_(calls)
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients' scale, and whether it overflowed, from :class:`torch.amp.GradScaler`."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+    def _group_rates(self) -> tuple[Any, ...]:
+        return ([len(group["params"]) for group in self.param_groups], *self._rates())
+
+    def _move_plainly(
+        self,
+        op: Any,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        a: Buffers,
+        common: dict[str, Any],
+    ) -> None:
+        """A step of the diagonal initial matrix alone."""
+        averages = (common["max_grad_norm"], common["momentum"], *_diagonal(common))
+        op.diagonal_step(
+            params, grads, *self._scaling(), common["maximize"], *averages, *self._group_rates(),
+            a.momentum, a.accumulator, a.projections, a.counters,
+        )  # fmt: skip
 
     def _move(
         self,
@@ -290,34 +392,77 @@ class AdaQN(Optimizer):
         grads: list[Tensor | None],
         a: Buffers,
         common: dict[str, Any],
-        monitored: bool,
-    ) -> Tensor | None:
-        """The three passes of a step; with a monitor and ``monitored``, its loss at the average."""
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        maximize, diagonal = common["maximize"], (*_accumulation(common), common["eps"])
-        rates = ([len(group["params"]) for group in self.param_groups], *self._rates())
-        if self.monitor is None or not monitored:
+        calls: int,
+        due: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The three passes of a step.
+
+        Returns:
+            The monitored loss and y, both at the averaged iterate, where ``due`` and asked for.
+        """
+        grad_scale, found_inf = self._scaling()
+        maximize, clip, beta = common["maximize"], common["max_grad_norm"], common["momentum"]
+        kronecker = a.kronecker is not None
+        observed = due and not self._hookless()
+        rates, cap = self._group_rates(), common["max_direction"]
+        if not (kronecker or observed or a.gradient_sum is not None):
             op.direction_step(
-                params, grads, a.s_ring, a.y_ring, a.gram, grad_scale, found_inf, maximize,
-                *diagonal, *rates, a.accumulator, a.fisher, a.iterate_sum, a.direction,
-                a.projections, a.images, a.counters,
+                params, grads, a.s_ring, a.y_ring, a.gram, grad_scale, found_inf, maximize, clip,
+                beta, *_diagonal(common), cap, *rates, a.momentum, a.accumulator, a.fisher,
+                a.iterate_sum, a.direction, a.moments, a.projections, a.images, a.counters,
             )  # fmt: skip
-            return None
+            return None, None
         op.direction_pass1(
-            params, grads, a.s_ring, a.counters, grad_scale, found_inf, maximize, a.projections
-        )
-        # Before anything that lasts is written: a monitor that raises leaves no trace.
-        loss = self._monitored_loss(op, params, a)
+            params, grads, a.s_ring, a.counters, grad_scale, found_inf, maximize, clip, beta,
+            a.moments, a.projections,
+        )  # fmt: skip
+        # Before anything that lasts is written: a function that raises leaves no trace.
+        loss, y = self._observe(op, params, a, common) if observed else (None, None)
+        if a.gradient_sum is not None:
+            sum_gradients(params, grads, grad_scale, maximize, a)
         op.direction_pass2(
-            params, grads, a.y_ring, a.gram, a.counters, a.projections, grad_scale, maximize,
-            *diagonal, a.accumulator, a.fisher, a.direction, a.images,
+            params, grads, a.y_ring, a.gram, a.counters, a.projections, grad_scale, maximize, clip,
+            beta, *_diagonal(common), kronecker, a.momentum, a.accumulator, a.fisher, a.direction,
+            a.images,
         )  # fmt: skip
+        if kronecker:
+            self._precondition(op, params, grads, a, common, calls)
         op.direction_pass3(
-            params, a.s_ring, a.gram, a.projections, a.images, a.direction, *rates,
-            len(a.fisher), a.iterate_sum, a.counters,
+            params, a.s_ring, a.gram, a.projections, a.images, a.direction, beta, cap, *rates,
+            max(len(a.fisher), 1), a.iterate_sum, a.moments, a.counters,
         )  # fmt: skip
-        return loss
+        return loss, y
+
+    def _precondition(
+        self,
+        op: Any,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        a: Buffers,
+        common: dict[str, Any],
+        calls: int,
+    ) -> None:
+        """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
+        due = calls % common["factor_interval"] == 0
+        refresh = FIRST_ITERATIONS if calls == 1 else int(due)
+        decay = common["decay"]
+        scale = reference.gradient_factor(
+            a.projections, self._scaling()[0], common["maximize"], common["max_grad_norm"]
+        )
+        accepted = reference.step_is_accepted(a.projections, a.counters)
+        correction = reference.bias_correction(a.counters, decay, common["bias_correction"])
+        spectrum = (correction.to(a.direction.dtype), common["eps"])
+        a.kronecker.accumulate(grads, scale.to(a.direction.dtype), accepted, decay, refresh)
+        a.kronecker.apply(a.direction, *spectrum, out=a.direction)
+        if len(a.s_ring):
+            op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
+        if len(a.s_ring) and common["max_direction"] < inf:
+            g = scale.to(a.direction.dtype) * reference.gradient_vector(
+                params, grads, a.direction.dtype, None, False
+            )
+            q = reference.look_ahead_from_new(g, a.momentum, a.counters, common["momentum"])
+            a.kronecker.apply(q, *spectrum, out=q)
+            a.images[-1] = q.square().sum(dtype=torch.float64)
 
     def _rates(self) -> tuple[list[float], list[float], Tensor | None, Tensor | None]:
         """Per group, ``lr`` and ``weight_decay`` by value, and as tensors where one is a tensor."""
@@ -340,14 +485,21 @@ class AdaQN(Optimizer):
             return number.to(device, torch.float64, non_blocking=True)
         return torch.full((), number, dtype=torch.float64, device=device)
 
-    def _monitored_loss(self, op: Any, params: list[Tensor], a: Buffers) -> Tensor:
-        """The monitor's loss at the averaged iterate; the parameters are as before afterwards."""
+    def _observe(
+        self, op: Any, params: list[Tensor], a: Buffers, common: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The monitored loss and y at the averaged iterate; the parameters are as before then."""
         saved = a.direction
         op.iterate_swap(params, a.iterate_sum, a.projections, a.counters, saved)
         try:
-            loss = self.monitor()
+            loss = None if self.monitor is None else self._monitored_loss()
+            y = self._evaluate_curvature(params, a, common)
         finally:
             op.iterate_restore(params, saved)
+        return loss, -y if y is not None and common["maximize"] else y
+
+    def _monitored_loss(self) -> Tensor:
+        loss = self.monitor()
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex()
         if not scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
             raise TypeError(
@@ -356,6 +508,17 @@ class AdaQN(Optimizer):
             )
         return self._on_device(loss)
 
+    def _evaluate_curvature(
+        self, params: list[Tensor], a: Buffers, common: dict[str, Any]
+    ) -> Tensor | None:
+        """y by the user's functions, with the parameters at the averaged iterate."""
+        if common["curvature"] == "product":
+            s = pending_displacement(params, a)
+            return given_product(self._arena.params, self.curvature_product, s)
+        if common["curvature"] == "difference":
+            return closure_difference(self._arena.params, self.curvature_closure, params, a.anchor)
+        return None
+
     def _update_pairs(
         self,
         op: Any,
@@ -363,15 +526,42 @@ class AdaQN(Optimizer):
         a: Buffers,
         common: dict[str, Any],
         loss: Tensor | None,
+        y: Tensor | None,
     ) -> None:
-        op.curvature_pass_a(a.fisher, a.iterate_sum, a.anchor, a.counters, a.weights)
+        if a.gradient_sum is not None:
+            average, before = average_gradient(a), a.counters.clone()
+            y = average - a.anchor_gradient
+        if y is not None:
+            a.fisher[0].copy_(y)
+        image = self._initial_product(a, common) if common["damping"] > 0 else None
+        op.curvature_pass_a(
+            a.fisher, a.iterate_sum, a.anchor, a.counters, y is not None, common["damping"], image,
+            a.weights,
+        )  # fmt: skip
         op.curvature_pass_b(
-            a.fisher, a.iterate_sum, a.anchor, a.counters, a.weights, a.s_ring, a.y_ring, a.column
-        )
+            a.fisher, a.iterate_sum, a.anchor, a.counters, a.weights, image, a.momentum, a.s_ring,
+            a.y_ring, a.column,
+        )  # fmt: skip
         op.curvature_commit(
             params, a.column, loss, common["min_curvature"], common["max_increase"], a.gram,
-            a.losses, a.anchor, a.iterate_sum, a.counters,
+            a.moments, a.losses, a.anchor, a.iterate_sum, a.momentum, a.counters,
         )  # fmt: skip
+        if a.gradient_sum is not None:
+            move_anchor_gradient(a, average, before)
+
+    def _initial_product(self, a: Buffers, common: dict[str, Any]) -> Tensor:
+        """B0 s of the candidate, in the scratch that a step has done with."""
+        image, (keep, _, eps, correct) = a.direction, _diagonal(common)
+        if a.kronecker is None:
+            reference.initial_product(
+                a.iterate_sum, a.anchor, a.gram, a.counters, keep, eps, correct, a.accumulator,
+                image,
+            )  # fmt: skip
+        else:
+            s = reference.displacement(a.iterate_sum, a.anchor, a.counters)
+            correction = reference.bias_correction(a.counters, keep, correct, pending=0)
+            a.kronecker.apply_inverse(s, correction.to(s.dtype), eps, out=image)
+        return image
 
     # ------------------------------------------------------------------ what users look at
 
@@ -390,16 +580,16 @@ class AdaQN(Optimizer):
         return {
             **{name: words[Counter[name.upper()]] for name in names},
             "monitored_loss": None if loss != loss else loss,
-            "state_bytes": self._sizes(self._common()).bytes(),
+            "state_bytes": self._state_bytes(),
         }
 
     def __repr__(self) -> str:
-        sizes = self._sizes(self._common())
+        numel, state = self._sizes().numel, self._state_bytes()
         backend = ops.select_backend(self._parameters()[0].device, self._common()["fused"])
-        per_parameter = f"{sizes.bytes() / max(sizes.numel, 1):.1f} bytes per parameter"
+        per_parameter = f"{state / max(numel, 1):.1f} bytes per parameter"
         return (
             super().__repr__().removesuffix(")")
-            + f"State: {sizes.bytes():,} bytes for {sizes.numel:,} parameters ({per_parameter})\n"
+            + f"State: {state:,} bytes for {numel:,} parameters ({per_parameter})\n"
             f"Backend: {backend.name} ({backend.reason})\n)"
         )
 
@@ -441,10 +631,12 @@ class AdaQN(Optimizer):
         for group in groups:
             validate_group({k: v for k, v in group.items() if k != "params"}, common)
         keys = [key for group in groups for key in group["params"]]
-        return self._assemble([entries.get(key, {}) for key in keys], common)
+        return self._assemble([entries.get(key, {}) for key in keys], common, groups)
 
-    def _assemble(self, entries: list[dict[str, Any]], common: dict[str, Any]) -> Arena:
-        arena = Arena(*self._layout(common))
+    def _assemble(
+        self, entries: list[dict[str, Any]], common: dict[str, Any], groups: list[dict[str, Any]]
+    ) -> Arena:
+        arena = self._new_arena(common, groups)
         arena.check(entries)
         arena.load(entries)
         return arena
@@ -452,19 +644,23 @@ class AdaQN(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_handle" not in self.__dict__:  # unpickled or copied
-            self._handle, self.monitor = register(self), None
+            self._handle = register(self)
+            self.monitor = self.curvature_closure = self.curvature_product = None
         if "_incoming" in self.__dict__:
             arena = self._incoming
         else:
             entries = [self.state[p] for p in self._parameters() if p in self.state]
-            arena = self._assemble(entries, self._common()) if entries else None
+            arena = None
+            if entries:
+                arena = self._assemble(entries, self._common(), self.param_groups)
         self._bind(arena, 0 if arena is None else int(arena.calls))
 
 
-def _accumulation(common: dict[str, Any]) -> tuple[float, float]:
-    """Weights of the old accumulator and of the squared gradient in the new one."""
+def _diagonal(common: dict[str, Any]) -> tuple[float, float, float, bool]:
+    """Weights of the old accumulator and of g^2 in the new one, eps, and whether bias counts."""
     decay = common["decay"]
-    return (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
+    weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
+    return *weights, common["eps"], common["bias_correction"]
 
 
 def _check_dtypes(params: list[Tensor]) -> None:

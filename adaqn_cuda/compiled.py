@@ -14,8 +14,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .arena import Buffers
-
 if TYPE_CHECKING:
     from .adaqn import AdaQN
 
@@ -42,7 +40,7 @@ def _whole_step(
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists; compile it again")
-    optimizer._advance(params, grads, Buffers(optimizer._arena.names, state))
+    optimizer._advance(params, grads, optimizer._arena.over(state))
 
 
 def _fake(handle: int, params: object, grads: object, state: object) -> None:

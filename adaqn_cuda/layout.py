@@ -36,6 +36,8 @@ class Counter(IntEnum):
     """Pair updates that dropped the memory and went back to the anchor, ever."""
     STEPS_SKIPPED = 9
     """Steps dropped because their gradient was not finite, ever."""
+    ACCEPTED = 10
+    """Steps that moved the parameters, ever: the exponent of every bias correction."""
 
 
 class Loss(IntEnum):
@@ -50,15 +52,20 @@ class Loss(IntEnum):
 class Flag(IntEnum):
     """Trailing words of ``projections`` (float64), counted from its end."""
 
-    NONFINITE = -2
+    NONFINITE = -3
     """Number of gradient elements that are not finite, plus ``found_inf``."""
-    NONZERO = -1
+    NONZERO = -2
     """Number of gradient elements that are not zero."""
+    SQUARE = -1
+    """Squared norm of the gradient, before clipping."""
 
 
 def pair_slots(history_size: int) -> int:
-    """Rows of the pair rings: one spare row takes the candidate, so storing moves an index only."""
-    return history_size + 1
+    """Rows of the pair rings: one spare row takes the candidate, so storing moves an index only.
+
+    None at all for a ``history_size`` of zero, which tries no pairs.
+    """
+    return history_size + 1 if history_size else 0
 
 
 def projections_size(history_size: int) -> int:

@@ -16,27 +16,41 @@ from . import native, reference
 SCHEMAS = {
     "direction_step": (
         "(Tensor(a!)[] params, Tensor?[] grads, Tensor s_ring, Tensor y_ring, Tensor gram, "
-        "Tensor? grad_scale, Tensor? found_inf, bool maximize, float keep, float add, float eps, "
+        "Tensor? grad_scale, Tensor? found_inf, bool maximize, float max_grad_norm, float beta, "
+        "float keep, float add, float eps, bool correct_bias, float max_direction, "
         "int[] group_sizes, float[] lr, float[] weight_decay, Tensor? lr_tensor, "
-        "Tensor? weight_decay_tensor, Tensor(b!)? accumulator, Tensor(c!) fisher, "
-        "Tensor(d!) iterate_sum, Tensor(e!) direction, Tensor(f!) projections, Tensor(g!) images, "
-        "Tensor(h!) counters) -> ()"
+        "Tensor? weight_decay_tensor, Tensor(b!)? momentum, Tensor(c!)? accumulator, "
+        "Tensor(d!) fisher, Tensor(e!)? iterate_sum, Tensor(f!) direction, Tensor(g!) moments, "
+        "Tensor(h!) projections, Tensor(i!) images, Tensor(j!) counters) -> ()"
     ),
     "direction_pass1": (
         "(Tensor[] params, Tensor?[] grads, Tensor s_ring, Tensor counters, Tensor? grad_scale, "
-        "Tensor? found_inf, bool maximize, Tensor(a!) projections) -> ()"
+        "Tensor? found_inf, bool maximize, float max_grad_norm, float beta, Tensor moments, "
+        "Tensor(a!) projections) -> ()"
     ),
     "direction_pass2": (
         "(Tensor[] params, Tensor?[] grads, Tensor y_ring, Tensor gram, Tensor counters, "
-        "Tensor projections, Tensor? grad_scale, bool maximize, float keep, float add, float eps, "
-        "Tensor(a!)? accumulator, Tensor(b!) fisher, Tensor(c!) direction, Tensor(d!) images)"
-        " -> ()"
+        "Tensor projections, Tensor? grad_scale, bool maximize, float max_grad_norm, float beta, "
+        "float keep, float add, float eps, bool correct_bias, bool identity, "
+        "Tensor(a!)? momentum, Tensor(b!)? accumulator, Tensor(c!) fisher, Tensor(d!) direction, "
+        "Tensor(e!) images) -> ()"
+    ),
+    "direction_images": (
+        "(Tensor direction, Tensor y_ring, Tensor counters, Tensor projections, "
+        "Tensor(a!) images) -> ()"
     ),
     "direction_pass3": (
         "(Tensor(a!)[] params, Tensor s_ring, Tensor gram, Tensor projections, Tensor images, "
-        "Tensor direction, int[] group_sizes, float[] lr, float[] weight_decay, "
-        "Tensor? lr_tensor, Tensor? weight_decay_tensor, int fisher_size, "
-        "Tensor(b!) iterate_sum, Tensor(c!) counters) -> ()"
+        "Tensor(b!) direction, float beta, float max_direction, int[] group_sizes, float[] lr, "
+        "float[] weight_decay, Tensor? lr_tensor, Tensor? weight_decay_tensor, int fisher_size, "
+        "Tensor(c!)? iterate_sum, Tensor(d!) moments, Tensor(e!) counters) -> ()"
+    ),
+    "diagonal_step": (
+        "(Tensor(a!)[] params, Tensor?[] grads, Tensor? grad_scale, Tensor? found_inf, "
+        "bool maximize, float max_grad_norm, float beta, float keep, float add, float eps, "
+        "bool correct_bias, int[] group_sizes, float[] lr, float[] weight_decay, "
+        "Tensor? lr_tensor, Tensor? weight_decay_tensor, Tensor(b!)? momentum, "
+        "Tensor(c!)? accumulator, Tensor(d!) projections, Tensor(e!) counters) -> ()"
     ),
     "iterate_swap": (
         "(Tensor(a!)[] params, Tensor iterate_sum, Tensor projections, Tensor counters, "
@@ -44,17 +58,19 @@ SCHEMAS = {
     ),
     "iterate_restore": "(Tensor(a!)[] params, Tensor saved) -> ()",
     "curvature_pass_a": (
-        "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, Tensor(a!) weights)"
-        " -> ()"
+        "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, bool explicit, "
+        "float damping, Tensor? image, Tensor(a!) weights) -> ()"
     ),
     "curvature_pass_b": (
         "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, Tensor weights, "
-        "Tensor(a!) s_ring, Tensor(b!) y_ring, Tensor(c!) column) -> ()"
+        "Tensor? image, Tensor? momentum, Tensor(a!) s_ring, Tensor(b!) y_ring, "
+        "Tensor(c!) column) -> ()"
     ),
     "curvature_commit": (
         "(Tensor(a!)[] params, Tensor column, Tensor? monitored_loss, float min_curvature, "
-        "float max_increase, Tensor(b!) gram, Tensor(c!) losses, Tensor(d!) anchor, "
-        "Tensor(e!) iterate_sum, Tensor(f!) counters) -> ()"
+        "float max_increase, Tensor(b!) gram, Tensor(c!) moments, Tensor(d!) losses, "
+        "Tensor(e!) anchor, Tensor(f!) iterate_sum, Tensor(g!)? momentum, Tensor(h!) counters)"
+        " -> ()"
     ),
 }
 

@@ -25,9 +25,17 @@ PAPER: dict[str, Any] = {
     "maximize": False,
     "history_dtype": None,
     "fisher_dtype": None,
+    "curvature": "fisher",
+    "momentum": 0.0,
+    "damping": 0.0,
+    "max_direction": inf,
+    "bias_correction": False,
+    "max_grad_norm": inf,
 }
 
-INITS = ("adagrad", "rmsprop", "scalar")
+INITS = ("adagrad", "rmsprop", "scalar", "kronecker")
+#: Where y comes from; "product" is a callable that the user gives.
+CURVATURES = ("fisher", "gradients", "difference", "product")
 
 #: Options that may differ between parameter groups, and may be tensors.
 PER_GROUP = ("lr", "weight_decay")
@@ -62,16 +70,24 @@ def _kind(name: str) -> str:
     return "a number or a one-element real tensor" if name in PER_GROUP else "a number"
 
 
-def _count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+def _count(least: int) -> Callable[[str, Any], None]:
+    """A check that an integer is at least ``least``."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an int >= {least}, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+
+    return check
 
 
-def _init(name: str, value: Any) -> None:
-    if value not in INITS:
-        raise ValueError(f"{name}: expected one of {', '.join(INITS)}, got {value!r}")
+def _choice(*words: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value not in words:
+            raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
+
+    return check
 
 
 def _flag(name: str, value: Any) -> None:
@@ -100,14 +116,22 @@ def _not_differentiable(name: str, value: Any) -> None:
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lr": _number(0.0, "a finite number >= 0"),
     "weight_decay": _number(0.0, "a finite number >= 0"),
-    "history_size": _count,
-    "fisher_size": _count,
-    "update_interval": _count,
-    "init": _init,
+    "history_size": _count(0),
+    "fisher_size": _count(1),
+    "update_interval": _count(1),
+    "init": _choice(*INITS),
+    "curvature": _choice(*CURVATURES),
     "decay": _number(0.0, "a number in [0, 1)", high=1.0),
     "eps": _number(0.0, "a finite number > 0", strict=True),
     "min_curvature": _number(0.0, "a finite number >= 0"),
     "max_increase": _number(1.0, "a number >= 1", infinite=True),
+    "momentum": _number(0.0, "a number in [0, 1)", high=1.0),
+    "damping": _number(0.0, "a number in [0, 1)", high=1.0),
+    "max_direction": _number(0.0, "a number > 0", strict=True, infinite=True),
+    "bias_correction": _flag,
+    "max_grad_norm": _number(0.0, "a number > 0", strict=True, infinite=True),
+    "max_factor_dim": _count(1),
+    "factor_interval": _count(1),
     "maximize": _flag,
     "history_dtype": _ring_dtype,
     "fisher_dtype": _ring_dtype,
@@ -138,6 +162,14 @@ def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
         )
 
 
-def check_monitor(monitor: Any) -> None:
-    if monitor is not None and not callable(monitor):
-        raise TypeError(f"monitor: expected a callable without arguments or None, got {monitor!r}")
+def check_callable(name: str, value: Any, history_size: int) -> None:
+    """Check what is called at pair updates, of which there are none without a history."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable or None, got {value!r}")
+    if history_size == 0:
+        raise ValueError(
+            f"{name}: is called when curvature pairs are tried, and history_size=0 tries none; "
+            "raise history_size"
+        )

@@ -4,6 +4,12 @@ The algorithm is that of Keskar & Berahas, "adaQN: An Adaptive Quasi-Newton Algo
 RNNs", ECML PKDD 2016.  One step is three passes over the d-vectors, separated by recursions on
 ``m = history_size`` numbers; a pair update adds two passes and a commit.
 
+Beyond the paper, each of these is off at the value in brackets: clipping of the gradient
+(``max_grad_norm = inf``), momentum with Nesterov's look-ahead (``beta = 0``), bias correction of
+the average of squared gradients (``False``), damped pairs (``image = None``), a cap on the
+direction (``max_direction = inf``), and another initial matrix than a diagonal
+(``identity = False``).
+
 Symbols (the flat vectors hold every parameter of the optimizer, one after the other):
 
 ===============  ===========  =========================================================
@@ -12,16 +18,22 @@ argument         shape        meaning
 ``params``       list         parameters ``w``, in any floating dtype
 ``grads``        list         their gradients ``g``; ``None`` counts as zero
 ``accumulator``  (d,)         ``v``, the diagonal; ``None`` for the scalar initial matrix
-``iterate_sum``  (d,)         sum of the iterates since the last pair update
+``momentum``     (d,)         ``m``, the average of gradients; ``None`` without momentum
+``iterate_sum``  (d,)         sum of the iterates since the last pair update; ``None``
+                              without pairs
 ``anchor``       (d,)         ``w_o``, the averaged iterate at which the last pair ended
 ``direction``    (d,)         scratch: ``r = H0 q``, or the parameters set aside
+``image``        (d,)         ``B0 s``, the candidate's image under the inverse of ``H0``
 ``s_ring``       (m+1, d)     pair differences ``s``; the row after the newest is free
 ``y_ring``       (m+1, d)     curvature images ``y``
-``fisher``       (n, d)       recent gradients ``F``
+``fisher``       (n, d)       recent gradients ``F``, or one row: ``y`` as given
 ``gram``         (m+2, m+1)   by slot: ``gram[i, j] = s_i.y_j``, ``gram[m+1, j] = y_j.y_j``
-``projections``  (m+3,)       by slot ``u_i = s_i.g``, then the words of :class:`layout.Flag`
-``images``       (m+1,)       by slot ``z_i = y_i.r``
+``moments``      (m+1,)       by slot ``s_i.m``
+``projections``  (m+4,)       by slot ``u_i = s_i.q``, then the words of :class:`layout.Flag`
+``images``       (m+2,)       by slot ``z_i = y_i.r``, then ``|H0 q|^2`` for the cap
 ===============  ===========  =========================================================
+
+With ``history_size = 0`` the rings have no rows, and the buffers by slot only their last words.
 
 No function reads a device value on the host; decisions are taken with ``torch.where``.  All rows of
 the rings hold finite values at all times, so a zero coefficient switches a free row off.
@@ -30,6 +42,7 @@ the rings hold finite values at all times, so a zero coefficient switches a free
 from __future__ import annotations
 
 from itertools import islice
+from math import inf
 
 import torch
 from torch import Tensor
@@ -84,13 +97,70 @@ def step_is_accepted(projections: Tensor, counters: Tensor) -> Tensor:
     return gradient_is_finite(projections) & ~blank
 
 
+# --------------------------------------------------------------------------- averages of gradients
+
+
+def clip_factor(projections: Tensor, max_grad_norm: float) -> Tensor:
+    """min(1, max_grad_norm / |g|), as torch.nn.utils.clip_grad_norm_ has it."""
+    norm = projections[Flag.SQUARE].sqrt()
+    return torch.where(norm > max_grad_norm, max_grad_norm / norm, 1.0)
+
+
+def gradient_factor(
+    projections: Tensor, grad_scale: Tensor | None, maximize: bool, max_grad_norm: float
+) -> Tensor:
+    """What turns a gradient as given into the clipped one to descend."""
+    factor = clip_factor(projections, max_grad_norm)
+    if grad_scale is not None:
+        factor = factor / grad_scale.reshape(())
+    return -factor if maximize else factor
+
+
+def look_ahead(counters: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Weights of the new momentum and of g in q, before an accepted step is counted.
+
+    q = beta m_t / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t) at the t-th accepted step: the
+    bias-corrected momentum as it will be one step later, if the same gradient comes again
+    (Nesterov's look-ahead; Dozat, "Incorporating Nesterov Momentum into Adam", 2016).
+    """
+    t = (counters[Counter.ACCEPTED] + 1).double()
+    return beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta**t)
+
+
+def old_and_new(counters: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Weights of the old momentum and of g in the same q:  m_t = beta m_(t-1) + (1 - beta) g."""
+    ahead, now = look_ahead(counters, beta)
+    return ahead * beta, ahead * (1 - beta) + now
+
+
+def look_ahead_from_new(
+    g: Tensor, momentum: Tensor | None, counters: Tensor, beta: float
+) -> Tensor:
+    """q of :func:`look_ahead`, where ``momentum`` has g in it already."""
+    if momentum is None:
+        return g
+    ahead, now = look_ahead(counters, beta)
+    return ahead * momentum + now * g
+
+
+def bias_correction(counters: Tensor, keep: float, enabled: bool, pending: int = 1) -> Tensor:
+    """1 / (1 - keep^t), by which an average v that began at zero is too small; 1 for a sum.
+
+    ``pending`` is 1 before an accepted step is counted, and 0 after.
+    """
+    t = (counters[Counter.ACCEPTED] + pending).double()
+    if not enabled or keep == 1:
+        return torch.ones_like(t)
+    return 1 / (1 - keep ** t.clamp(min=1))
+
+
 # --------------------------------------------------------------------------- m-number recursions
 
 
 def age_order(counters: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Ring slots from the oldest pair to the newest, and which of them hold a pair."""
     age = torch.arange(slots, device=counters.device)
-    return (counters[Counter.OLDEST_PAIR] + age) % slots, age < counters[Counter.PAIRS]
+    return (counters[Counter.OLDEST_PAIR] + age) % max(slots, 1), age < counters[Counter.PAIRS]
 
 
 def curvature_triangle(gram: Tensor, order: Tensor, valid: Tensor) -> Tensor:
@@ -154,34 +224,41 @@ def direction_step(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     maximize: bool,
+    max_grad_norm: float,
+    beta: float,
     keep: float,
     add: float,
     eps: float,
+    correct_bias: bool,
+    max_direction: float,
     group_sizes: list[int],
     lr: list[float],
     weight_decay: list[float],
     lr_tensor: Tensor | None,
     weight_decay_tensor: Tensor | None,
+    momentum: Tensor | None,
     accumulator: Tensor | None,
     fisher: Tensor,
-    iterate_sum: Tensor,
+    iterate_sum: Tensor | None,
     direction: Tensor,
+    moments: Tensor,
     projections: Tensor,
     images: Tensor,
     counters: Tensor,
 ) -> None:
     """The three passes one after the other: a whole step on one device."""
-    scaling = (grad_scale, found_inf, maximize)
-    direction_pass1(params, grads, s_ring, counters, *scaling, projections)
-    diagonal = (keep, add, eps, accumulator)
+    direction_pass1(
+        params, grads, s_ring, counters, grad_scale, found_inf, maximize, max_grad_norm, beta,
+        moments, projections,
+    )  # fmt: skip
     direction_pass2(
-        params, grads, y_ring, gram, counters, projections, grad_scale, maximize, *diagonal,
-        fisher, direction, images,
+        params, grads, y_ring, gram, counters, projections, grad_scale, maximize, max_grad_norm,
+        beta, keep, add, eps, correct_bias, False, momentum, accumulator, fisher, direction, images,
     )  # fmt: skip
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
     direction_pass3(
-        params, s_ring, gram, projections, images, direction, *rates, len(fisher), iterate_sum,
-        counters,
+        params, s_ring, gram, projections, images, direction, beta, max_direction, *rates,
+        max(len(fisher), 1), iterate_sum, moments, counters,
     )  # fmt: skip
 
 
@@ -193,14 +270,28 @@ def direction_pass1(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     maximize: bool,
+    max_grad_norm: float,
+    beta: float,
+    moments: Tensor,
     projections: Tensor,
 ) -> None:
-    """u_i = s_i.g for every slot; count what is not finite and what is not zero in g."""
+    """u_i = s_i.q for every slot; count what is not finite and what is not zero in g; |g|^2.
+
+    The vectors S and g are all that is read: s_i.q comes from s_i.g and s_i.m, which is kept.
+    """
     g = gradient_vector(params, grads, state_dtype(params), grad_scale, maximize)
+    measure_gradient(g, found_inf, projections)
     slots = s_ring.shape[0]
-    projections[:slots] = s_ring.to(g.dtype) @ g
+    of_m, of_g = old_and_new(counters, beta)
+    s_g = (s_ring.to(g.dtype) @ g) * clip_factor(projections, max_grad_norm)
+    projections[:slots] = of_m * moments + of_g * s_g
+
+
+def measure_gradient(g: Tensor, found_inf: Tensor | None, projections: Tensor) -> None:
+    """Write the words of :class:`layout.Flag`."""
     projections[Flag.NONFINITE] = (~g.isfinite()).sum()
     projections[Flag.NONZERO] = (g != 0).sum()
+    projections[Flag.SQUARE] = g.square().sum(dtype=torch.float64)
     if found_inf is not None:
         projections[Flag.NONFINITE] += found_inf.reshape(())
 
@@ -214,34 +305,81 @@ def direction_pass2(
     projections: Tensor,
     grad_scale: Tensor | None,
     maximize: bool,
+    max_grad_norm: float,
+    beta: float,
     keep: float,
     add: float,
     eps: float,
+    correct_bias: bool,
+    identity: bool,
+    momentum: Tensor | None,
     accumulator: Tensor | None,
     fisher: Tensor,
     direction: Tensor,
     images: Tensor,
 ) -> None:
-    """q = g - sum_i a_i y_i;  v = keep v + add g^2;  r = D q;  z_i = y_i.r;  g enters the ring F.
+    """r = D (q - sum_i a_i y_i);  z_i = y_i.r;  g enters v, m and the ring F.
 
-    D = 1 / sqrt(v + eps), with the new v, or gamma where there is no accumulator.
+    D = 1 / sqrt(v + eps), with the new v, or gamma where there is no accumulator.  With
+    ``identity``, D = 1 and ``images`` are left to :func:`direction_images`: another initial matrix
+    is applied in between.
     """
     accepted = step_is_accepted(projections, counters)
     g = gradient_vector(params, grads, direction.dtype, grad_scale, maximize)
+    g = g * clip_factor(projections, max_grad_norm)
     y = y_ring.to(g.dtype)
     a = backward_coefficients(gram, counters, projections)
-    q = g - a.to(g.dtype) @ y
-    if accumulator is None:
-        r = scalar_initial_matrix(gram, counters) * q
-    else:
-        v = keep * accumulator + add * g * g
-        r = q / torch.sqrt(v + eps)
-        accumulator.copy_(torch.where(accepted, v, accumulator))
+    q = blend(g, momentum, counters, beta, accepted)
+    r = q - a.to(g.dtype) @ y
+    if accumulator is not None:
+        correction = bias_correction(counters, keep, correct_bias)
+        root = diagonal_root(g, accumulator, keep, add, eps, correction, accepted)
+        q, r = q / root, r / root
+    elif not identity:
+        gamma = scalar_initial_matrix(gram, counters)
+        q, r = gamma * q, gamma * r
     direction.copy_(r)
-    images.copy_(y @ r)
-    slot = counters[Counter.NEXT_GRADIENT].reshape(1)
-    row = torch.where(accepted, g.to(fisher.dtype), fisher.index_select(0, slot)[0])
-    fisher.index_copy_(0, slot, row[None])
+    if not identity:
+        images[:-1] = y @ r
+        images[-1] = q.square().sum(dtype=torch.float64)
+    if len(fisher):
+        slot = counters[Counter.NEXT_GRADIENT].reshape(1)
+        row = torch.where(accepted, g.to(fisher.dtype), fisher.index_select(0, slot)[0])
+        fisher.index_copy_(0, slot, row[None])
+
+
+def blend(
+    g: Tensor, momentum: Tensor | None, counters: Tensor, beta: float, accepted: Tensor
+) -> Tensor:
+    """q of :func:`look_ahead`, with the new momentum, which is kept if the step is accepted."""
+    if momentum is None:
+        return g
+    of_m, of_g = old_and_new(counters, beta)
+    q = of_m * momentum + of_g * g
+    momentum.copy_(torch.where(accepted, beta * momentum + (1 - beta) * g, momentum))
+    return q
+
+
+def diagonal_root(
+    g: Tensor,
+    accumulator: Tensor,
+    keep: float,
+    add: float,
+    eps: float,
+    correction: Tensor,
+    accepted: Tensor,
+) -> Tensor:
+    """1 / D = sqrt(correction v + eps) with v = keep v + add g^2, kept if the step is accepted."""
+    v = keep * accumulator + add * g * g
+    accumulator.copy_(torch.where(accepted, v, accumulator))
+    return torch.sqrt(correction * v + eps)
+
+
+def direction_images(
+    direction: Tensor, y_ring: Tensor, counters: Tensor, projections: Tensor, images: Tensor
+) -> None:
+    """z_i = y_i.r for every slot: the end of pass 2 where the initial matrix is no diagonal."""
+    images[:-1] = y_ring.to(direction.dtype) @ direction
 
 
 def direction_pass3(
@@ -251,24 +389,57 @@ def direction_pass3(
     projections: Tensor,
     images: Tensor,
     direction: Tensor,
+    beta: float,
+    max_direction: float,
     group_sizes: list[int],
     lr: list[float],
     weight_decay: list[float],
     lr_tensor: Tensor | None,
     weight_decay_tensor: Tensor | None,
     fisher_size: int,
-    iterate_sum: Tensor,
+    iterate_sum: Tensor | None,
+    moments: Tensor,
     counters: Tensor,
 ) -> None:
-    """w_sum += w;  w = (1 - lr weight_decay) w - lr (r + sum_i c_i s_i);  the counters move on.
+    """w_sum += w;  w = (1 - lr weight_decay) w - lr p;  the counters move on.
 
-    The next ``group_sizes[k]`` parameters take ``lr[k]`` and ``weight_decay[k]``; the tensors,
-    where given, hold one value per group and take precedence.
+    p = r + sum_i c_i s_i, scaled down where |p| > max_direction |H0 q|, to equality.  The next
+    ``group_sizes[k]`` parameters take ``lr[k]`` and ``weight_decay[k]``; the tensors, where given,
+    hold one value per group and take precedence.
     """
     accepted = step_is_accepted(projections, counters)
     c = forward_coefficients(gram, counters, projections, images)
     p = direction + c.to(direction.dtype) @ s_ring.to(direction.dtype)
+    if max_direction < inf:
+        p = p * cap_factor(p, images, max_direction)
     w = flatten(params, direction.dtype)
+    if iterate_sum is not None:
+        iterate_sum.copy_(torch.where(accepted, iterate_sum + w, iterate_sum))
+    rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
+    descend(params, w, p, accepted, *rates)
+    count_moments(moments, projections, counters, beta, accepted)
+    count_step(counters, projections, accepted, fisher_size)
+
+
+def cap_factor(p: Tensor, images: Tensor, max_direction: float) -> Tensor:
+    """min(1, max_direction |H0 q| / |p|)."""
+    size = torch.linalg.vector_norm(p, dtype=torch.float64)
+    limit = max_direction * images[-1].sqrt()
+    return torch.where(size > limit, limit / size, 1.0)
+
+
+def descend(
+    params: list[Tensor],
+    w: Tensor,
+    p: Tensor,
+    accepted: Tensor,
+    group_sizes: list[int],
+    lr: list[float],
+    weight_decay: list[float],
+    lr_tensor: Tensor | None,
+    weight_decay_tensor: Tensor | None,
+) -> None:
+    """w = (1 - lr weight_decay) w - lr p, group by group, where ``w`` are the parameters."""
     rates = lr if lr_tensor is None else lr_tensor.unbind()
     decays = weight_decay if weight_decay_tensor is None else weight_decay_tensor.unbind()
     numels = group_numels(params, group_sizes)
@@ -278,9 +449,7 @@ def direction_pass3(
             w.split(numels), p.split(numels), rates, decays, strict=True
         )
     ]
-    iterate_sum.copy_(torch.where(accepted, iterate_sum + w, iterate_sum))
     write_back(params, torch.where(accepted, torch.cat(stepped), w))
-    count_step(counters, projections, accepted, fisher_size)
 
 
 def group_numels(params: list[Tensor], group_sizes: list[int]) -> list[int]:
@@ -289,12 +458,61 @@ def group_numels(params: list[Tensor], group_sizes: list[int]) -> list[int]:
     return [sum(islice(numels, size)) for size in group_sizes]
 
 
+def count_moments(
+    moments: Tensor, projections: Tensor, counters: Tensor, beta: float, accepted: Tensor
+) -> None:
+    """s_i.m moves as m does, with s_i.g taken out of u_i = s_i.q; before the step is counted."""
+    of_m, of_g = old_and_new(counters, beta)
+    s_g = (projections[: len(moments)] - of_m * moments) / of_g
+    moments.copy_(torch.where(accepted, beta * moments + (1 - beta) * s_g, moments))
+
+
 def count_step(counters: Tensor, projections: Tensor, accepted: Tensor, fisher_size: int) -> None:
     one = accepted.long()
     counters[Counter.GRADIENTS] = (counters[Counter.GRADIENTS] + one).clamp(max=fisher_size)
     counters[Counter.NEXT_GRADIENT] = (counters[Counter.NEXT_GRADIENT] + one) % fisher_size
     counters[Counter.ITERATES] += one
+    counters[Counter.ACCEPTED] += one
     counters[Counter.STEPS_SKIPPED] += (~gradient_is_finite(projections)).long()
+
+
+def diagonal_step(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    maximize: bool,
+    max_grad_norm: float,
+    beta: float,
+    keep: float,
+    add: float,
+    eps: float,
+    correct_bias: bool,
+    group_sizes: list[int],
+    lr: list[float],
+    weight_decay: list[float],
+    lr_tensor: Tensor | None,
+    weight_decay_tensor: Tensor | None,
+    momentum: Tensor | None,
+    accumulator: Tensor | None,
+    projections: Tensor,
+    counters: Tensor,
+) -> None:
+    """A whole step without pairs: w = (1 - lr weight_decay) w - lr D q, in one pass after another.
+
+    D = 1 without an accumulator.  Of ``projections`` there are only the flags.
+    """
+    g = gradient_vector(params, grads, state_dtype(params), grad_scale, maximize)
+    measure_gradient(g, found_inf, projections)
+    accepted = step_is_accepted(projections, counters)
+    g = g * clip_factor(projections, max_grad_norm)
+    p = blend(g, momentum, counters, beta, accepted)
+    if accumulator is not None:
+        correction = bias_correction(counters, keep, correct_bias)
+        p = p / diagonal_root(g, accumulator, keep, add, eps, correction, accepted)
+    rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
+    descend(params, flatten(params, p.dtype), p, accepted, *rates)
+    count_step(counters, projections, accepted, fisher_size=1)
 
 
 # --------------------------------------------------------------------------- the averaged iterate
@@ -334,15 +552,61 @@ def iterate_restore(params: list[Tensor], saved: Tensor) -> None:
 # --------------------------------------------------------------------------- the pair update
 
 
-def curvature_pass_a(
-    fisher: Tensor, iterate_sum: Tensor, anchor: Tensor, counters: Tensor, weights: Tensor
+def displacement(iterate_sum: Tensor, anchor: Tensor, counters: Tensor) -> Tensor:
+    """s = w_n - w_o."""
+    return average(iterate_sum, counters[Counter.ITERATES]) - anchor
+
+
+def initial_product(
+    iterate_sum: Tensor,
+    anchor: Tensor,
+    gram: Tensor,
+    counters: Tensor,
+    keep: float,
+    eps: float,
+    correct_bias: bool,
+    accumulator: Tensor | None,
+    image: Tensor,
 ) -> None:
-    """c_j = F_j.s / |F| for the gradients in the ring, zero for the rest;  s = w_n - w_o."""
-    s = average(iterate_sum, counters[Counter.ITERATES]) - anchor
-    c = (fisher.to(s.dtype) @ s).double()
+    """image = B0 s, with B0 the inverse of the step's D."""
+    s = displacement(iterate_sum, anchor, counters)
+    if accumulator is None:
+        image.copy_(s / scalar_initial_matrix(gram, counters))
+    else:
+        correction = bias_correction(counters, keep, correct_bias, pending=0)
+        image.copy_(s * torch.sqrt(correction * accumulator + eps))
+
+
+def curvature_pass_a(
+    fisher: Tensor,
+    iterate_sum: Tensor,
+    anchor: Tensor,
+    counters: Tensor,
+    explicit: bool,
+    damping: float,
+    image: Tensor | None,
+    weights: Tensor,
+) -> None:
+    """Weights of F_j and, last, of B0 s in the candidate y.
+
+    y is the accumulated Fisher product (1/|F|) sum_j F_j (F_j.s), or with ``explicit`` F_0 itself.
+    Powell's damping, where ``image`` is given: if s.y < damping s.B0 s, then y becomes
+    theta y + (1 - theta) B0 s, so that s.y = damping s.B0 s.
+    """
+    s = displacement(iterate_sum, anchor, counters)
     size = counters[Counter.GRADIENTS]
     occupied = torch.arange(len(fisher), device=fisher.device) < size
-    weights.copy_(torch.where(occupied, average(c, size), 0.0))
+    c = torch.where(occupied, (fisher.to(s.dtype) @ s).double(), 0.0)
+    s_y = c[0] if explicit else average((c * c).sum(), size)
+    theta = s_y.new_ones(()) if image is None else damping_factor(s_y, s @ image, damping)
+    weights[:-1] = theta * (occupied if explicit else average(c, size))
+    weights[-1] = 1 - theta
+
+
+def damping_factor(s_y: Tensor, s_b0_s: Tensor, damping: float) -> Tensor:
+    """theta of Powell's damping (Nocedal & Wright, Procedure 18.2)."""
+    low = s_y < damping * s_b0_s
+    return torch.where(low, (1 - damping) * s_b0_s / (s_b0_s - s_y), 1.0)
 
 
 def curvature_pass_b(
@@ -351,26 +615,32 @@ def curvature_pass_b(
     anchor: Tensor,
     counters: Tensor,
     weights: Tensor,
+    image: Tensor | None,
+    momentum: Tensor | None,
     s_ring: Tensor,
     y_ring: Tensor,
     column: Tensor,
 ) -> None:
-    """y = (1/|F|) sum_j F_j (F_j.s); s and y go to the free slot, their products to ``column``.
+    """y, from the weights of pass A; s and y go to the free slot, their products to ``column``.
 
-    ``column[i] = s_i.y`` by slot, the free slot's own s.y among them, and ``column[m+1] = y.y``;
-    all products are of the vectors as stored, rounded to the rings' dtype.
+    ``column[i] = s_i.y`` by slot, the free slot's own s.y among them; then y.y and s.m.  All
+    products are of the vectors as stored, rounded to the rings' dtype.
     """
     slots = s_ring.shape[0]
-    s = average(iterate_sum, counters[Counter.ITERATES]) - anchor
-    y = weights.to(s.dtype) @ fisher.to(s.dtype)
+    s = displacement(iterate_sum, anchor, counters)
+    y = weights[:-1].to(s.dtype) @ fisher.to(s.dtype)
+    if image is not None:
+        y = y + weights[-1].to(s.dtype) * image
     s, y = s.to(s_ring.dtype), y.to(y_ring.dtype)
     finite = s.isfinite().all() & y.isfinite().all()
+    s, y = torch.where(finite, s, 0.0), torch.where(finite, y, 0.0)
     free = free_slot(counters, slots)
-    s_ring.index_copy_(0, free, torch.where(finite, s, 0.0)[None])
-    y_ring.index_copy_(0, free, torch.where(finite, y, 0.0)[None])
-    y = y.to(iterate_sum.dtype)
+    s_ring.index_copy_(0, free, s[None])
+    y_ring.index_copy_(0, free, y[None])
+    s, y = s.to(iterate_sum.dtype), y.to(iterate_sum.dtype)
     column[:slots] = s_ring.to(y.dtype) @ y
     column[slots] = y @ y
+    column[slots + 1] = 0.0 if momentum is None else s @ momentum
 
 
 def free_slot(counters: Tensor, slots: int) -> Tensor:
@@ -385,16 +655,18 @@ def curvature_commit(
     min_curvature: float,
     max_increase: float,
     gram: Tensor,
+    moments: Tensor,
     losses: Tensor,
     anchor: Tensor,
     iterate_sum: Tensor,
+    momentum: Tensor | None,
     counters: Tensor,
 ) -> None:
     """Reset, store or skip (section 3 of the paper), and start the next sum of iterates.
 
     * no iterate was summed: nothing happens;
     * no anchor yet: w_o = w_n, f_o = f_n;
-    * f_n > max_increase f_o, or f_n not finite: drop all pairs and gradients, w = w_o;
+    * f_n > max_increase f_o, or f_n not finite: drop all pairs, gradients and momentum, w = w_o;
     * s.y / y.y > min_curvature: the pair in the free slot counts, w_o = w_n, f_o = f_n;
     * otherwise the pair is forgotten and w_o stays.
     """
@@ -418,7 +690,12 @@ def curvature_commit(
     write_back(params, torch.where(reset, anchor, w))
     anchor.copy_(torch.where(moved, w_n, anchor))
     iterate_sum.zero_()
-    gram.index_copy_(1, free, torch.where(store, column, gram.index_select(1, free)[:, 0])[:, None])
+    if momentum is not None:
+        momentum.copy_(torch.where(reset, 0.0, momentum))
+    products, s_m = column[:-1], column[-1:]
+    kept = gram.index_select(1, free)[:, 0]
+    gram.index_copy_(1, free, torch.where(store, products, kept)[:, None])
+    moments.index_copy_(0, free, torch.where(store, s_m, moments.index_select(0, free)))
     losses[Loss.ANCHOR] = torch.where(moved, f_n, losses[Loss.ANCHOR])
     if monitored_loss is not None:
         losses[Loss.MONITORED] = torch.where(active, f_n, losses[Loss.MONITORED])

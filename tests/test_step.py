@@ -58,7 +58,7 @@ def test_paper_settings():
         ("lr", "fast"),
         ("weight_decay", -0.1),
         ("weight_decay", float("nan")),
-        ("history_size", 0),
+        ("history_size", -1),
         ("history_size", -1),
         ("history_size", 2.5),
         ("history_size", True),

@@ -24,6 +24,7 @@ ADAQN_HOST_DEVICE inline void count_step(int64_t* counters, const double* flags,
     if (counters[counter::gradients] < fisher_size) ++counters[counter::gradients];
     counters[counter::next_gradient] = (counters[counter::next_gradient] + 1) % fisher_size;
     ++counters[counter::iterates];
+    ++counters[counter::accepted];
   }
   if (!gradient_is_finite(flags)) ++counters[counter::steps_skipped];
 }

@@ -20,6 +20,7 @@ enum : int {
   skipped,        ///< pair updates that failed the curvature test, ever
   resets,         ///< pair updates that dropped the memory, ever
   steps_skipped,  ///< steps dropped for a gradient that is not finite, ever
+  accepted,       ///< steps that moved the parameters, ever
   count,          ///< number of words
 };
 }  // namespace counter
@@ -38,6 +39,7 @@ namespace flag {
 enum : int {
   nonfinite,  ///< gradient elements that are not finite, plus found_inf
   nonzero,    ///< gradient elements that are not zero
+  square,     ///< squared norm of the gradient, before clipping
   count,      ///< number of words
 };
 }  // namespace flag

@@ -25,8 +25,8 @@ ADAQN_HOST_DEVICE inline bool moves_anchor(PairUpdate outcome) {
   return outcome == PairUpdate::first || outcome == PairUpdate::store;
 }
 
-/// column[i] = s_i.y of the candidate y by slot, its own s.y in the free slot, and column[slots] =
-/// y.y.  `monitored` is the loss f_n at the averaged iterate, or null without a monitor.
+/// column[i] = s_i.y of the candidate y by slot, its own s.y in the free slot; then y.y and s.m.
+/// `monitored` is the loss f_n at the averaged iterate, or null without a monitor.
 ADAQN_HOST_DEVICE inline PairUpdate decide_pair_update(const int64_t* counters, int slots,
                                                        const double* column, const double* losses,
                                                        const double* monitored,
@@ -61,13 +61,16 @@ ADAQN_HOST_DEVICE inline void count_pair_update(int64_t* counters, int slots, Pa
   }
 }
 
-/// Every word that a pair update changes: a stored candidate's column of gram, losses, counters.
+/// Every word that a pair update changes: a stored candidate's column of gram and its s.m, losses,
+/// counters.
 ADAQN_HOST_DEVICE inline void record_pair_update(PairUpdate outcome, int slots,
                                                  const double* column, const double* monitored,
-                                                 double* gram, double* losses, int64_t* counters) {
+                                                 double* gram, double* moments, double* losses,
+                                                 int64_t* counters) {
   if (outcome == PairUpdate::store) {
     const int free = PairRing(counters, slots).free_slot();
     for (int i = 0; i <= slots; ++i) gram[i * slots + free] = column[i];
+    moments[free] = column[slots + 1];
   }
   if (monitored != nullptr && outcome != PairUpdate::none) losses[loss::monitored] = *monitored;
   if (moves_anchor(outcome)) {
