@@ -1,0 +1,1 @@
+"""How well optimizers converge: tasks, methods, a protocol that tunes all alike, and reports."""

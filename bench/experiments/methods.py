@@ -1,0 +1,230 @@
+"""The methods: how each optimizer is made, where its lr is looked for, and where it runs.
+
+To add a setting of AdaQN, add a line to ``_OURS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from adaqn_cuda import PAPER, AdaQN
+
+from .problem import Problem
+from .tasks import Task
+
+#: Points of an lr grid, and the ratio of two neighbours.
+POINTS, RATIO = 5, 2.5
+NEVER = 10**9
+
+#: lr that suits a task, over the one that suits the LSTM.
+TASK_FACTOR = {"tanh": 0.4, "irnn": 0.25, "transformer": 0.4, "tanh-512": 0.6, "lstm-512": 1.5}
+
+Make = Callable[[Problem, float, dict[str, Any]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer with everything set but lr.
+
+    Args:
+        name: unique.
+        make: builds the optimizer from a problem, lr and ``options``.
+        options: keyword arguments of the optimizer; JSON.
+        centres: middle of the lr grid, by task, or for all ``"language"`` models (for the LSTM;
+            :data:`TASK_FACTOR` has the others) or ``"deterministic"`` problems.
+        ours: whether it is a setting of AdaQN.
+        contender: whether it is also run over shorter horizons.
+        schedule: of lr on deterministic problems: ``"linear"`` or ``"constant"``.
+        runs_on: says on which tasks it makes sense.
+        closure: whether its step evaluates the loss itself.
+    """
+
+    name: str
+    make: Make
+    options: dict[str, Any]
+    centres: dict[str, float]
+    ours: bool = False
+    contender: bool = False
+    schedule: str = "linear"
+    runs_on: Callable[[Task], bool] = field(default=lambda task: True)
+    closure: bool = False
+
+    def grid(self, task: Task) -> list[float]:
+        """The lr values to begin with."""
+        family = "language" if task.stochastic else "deterministic"
+        factor = TASK_FACTOR.get(task.name, 1.0) if task.name not in self.centres else 1.0
+        centre = factor * self.centres.get(task.name, self.centres.get(family, 0.01))
+        return [rounded(centre * RATIO ** (i - POINTS // 2)) for i in range(POINTS)]
+
+    def definition(self) -> dict[str, Any]:
+        """All that a result depends on, as JSON."""
+        return {"name": self.name, "schedule": self.schedule, **self.options}
+
+
+def rounded(lr: float) -> float:
+    """Three digits are enough for people to read, and make equal what should be equal."""
+    return float(f"{lr:.3g}")
+
+
+# ---------------------------------------------------------------------- first-order methods
+
+
+def plain(optimizer: type[Optimizer]) -> Make:
+    """Builds ``optimizer`` over all parameters."""
+
+    def make(problem: Problem, lr: float, options: dict[str, Any]) -> Optimizer:
+        return optimizer(problem.model.parameters(), lr=lr, **options)
+
+    return make
+
+
+class Together:
+    """Several optimizers that act as one."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def muon(problem: Problem, lr: float, options: dict[str, Any]) -> Together:
+    """Muon for the matrices inside; AdamW, at the same lr, for the rest.
+
+    The rest is what Muon's authors leave out: vectors, embeddings and the output layer of a
+    language model.  Muon's update is scaled to the size of AdamW's, so that one lr suits both.
+    """
+    inside, outside = [], []
+    for name, p in problem.model.named_parameters():
+        apart = p.ndim != 2 or name.split(".")[0] in ("embedding", "position", "output")
+        (outside if apart else inside).append(p)
+    decay = {"weight_decay": options["weight_decay"]}
+    first = torch.optim.Muon(inside, lr=lr, **options)
+    return Together(first, torch.optim.AdamW(outside, lr=lr, **decay)) if outside else first
+
+
+def has_matrices(task: Task) -> bool:
+    return task.name != "least-squares"
+
+
+def is_deterministic(task: Task) -> bool:
+    return not task.stochastic
+
+
+_ADAM_RATES = {"language": 0.01, "least-squares": 0.6, "regression": 0.6, "pinn": 0.0125}
+
+_BASELINES = [
+    Method("adam", plain(torch.optim.Adam), {}, _ADAM_RATES),
+    Method(
+        "nadam", plain(torch.optim.NAdam), {},
+        {"language": 0.01, "least-squares": 0.25, "regression": 0.25, "pinn": 0.005},
+    ),
+    Method(
+        "rmsprop", plain(torch.optim.RMSprop), {},
+        {"language": 0.005, "least-squares": 0.1, "regression": 0.1, "pinn": 0.002},
+    ),
+    Method(
+        "adagrad", plain(torch.optim.Adagrad), {},
+        {"language": 0.1, "least-squares": 3.0, "regression": 3.0, "pinn": 0.02},
+    ),
+    Method(
+        "sgd", plain(torch.optim.SGD), {"momentum": 0.9},
+        {"language": 1.0, "least-squares": 1.0, "regression": 0.03, "pinn": 0.005},
+    ),
+    Method(
+        "lbfgs", plain(torch.optim.LBFGS),
+        dict(line_search_fn="strong_wolfe", history_size=20, max_iter=20, tolerance_grad=0.0,
+             tolerance_change=0.0),
+        {"deterministic": 0.6}, schedule="constant", runs_on=is_deterministic, closure=True,
+    ),
+]  # fmt: skip
+
+if hasattr(torch.optim, "Muon"):
+    _BASELINES.append(
+        Method(
+            "muon", muon, {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
+            {"language": 0.01, "regression": 0.25, "pinn": 0.01}, runs_on=has_matrices,
+        )
+    )  # fmt: skip
+
+# ---------------------------------------------------------------------- settings of AdaQN
+
+
+def _blocks(problem: Problem) -> dict[str, Any]:
+    from adaqn_cuda import rnn_blocks  # not in every version of the package
+
+    return {"blocks": rnn_blocks(problem.model)}
+
+
+def _closure(problem: Problem) -> dict[str, Any]:
+    return {"curvature_closure": problem.again}
+
+
+#: Options that only the problem can give, by the name that stands under ``"from_problem"``.
+EXTRAS: dict[str, Callable[[Problem], dict[str, Any]]] = {"blocks": _blocks, "closure": _closure}
+
+
+def adaqn(problem: Problem, lr: float, options: dict[str, Any]) -> AdaQN:
+    """AdaQN with ``options``.
+
+    Two of them are not its own: ``preset="PAPER"`` stands for the authors' setting, and
+    ``from_problem`` names those of :data:`EXTRAS` to add.
+    """
+    options = dict(options)
+    settings = dict(PAPER) if options.pop("preset", None) == "PAPER" else {}
+    for name in options.pop("from_problem", ()):
+        settings.update(EXTRAS[name](problem))
+    settings.update(options, lr=lr)
+    return AdaQN(problem.model.parameters(), **settings)
+
+
+def _ours(
+    name: str,
+    options: dict[str, Any],
+    centres: dict[str, float],
+    contender: bool = False,
+    **flags: Any,
+) -> Method:
+    return Method(name, adaqn, options, centres, ours=True, contender=contender, **flags)
+
+
+_SMOOTH = dict(momentum=0.9, bias_correction=True, eps=1e-16)
+_PAIRS = dict(history_size=10, fisher_size=16, damping=0.2, max_direction=1.0)
+_NO_PAIRS = dict(history_size=0)
+_KRONECKER = dict(init="kronecker", decay=0.95, from_problem=["blocks"], **_SMOOTH)
+_DIAGONAL = dict(init="rmsprop", decay=0.99, **_SMOOTH)
+_PAPER_RATES = {"language": 0.02, "least-squares": 0.03, "regression": 0.03, "pinn": 0.005}
+_RATES = {"language": 0.01, **_DETERMINISTIC}
+_QUASI_NEWTON = dict(
+    init="scalar", curvature="gradients", update_interval=1, history_size=100, min_curvature=0.0,
+    max_grad_norm=0.1,
+)  # fmt: skip
+
+_OURS = [
+    _ours("kronecker", {**_KRONECKER, **_NO_PAIRS}, _RATES, contender=True),
+    _ours("kronecker+pairs", {**_KRONECKER, **_PAIRS}, _RATES),
+    _ours("diagonal", {**_DIAGONAL, **_NO_PAIRS}, _RATES),
+    _ours("diagonal+pairs", {**_DIAGONAL, **_PAIRS}, _RATES),
+    _ours("paper", {"preset": "PAPER"}, _PAPER_RATES),
+    _ours("paper, pairs off", {"preset": "PAPER", "update_interval": NEVER}, _PAPER_RATES),
+    _ours(
+        "quasi-newton", _QUASI_NEWTON, {"deterministic": 0.4}, schedule="constant",
+        runs_on=is_deterministic,
+    ),
+]  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for method in (*_BASELINES, *_OURS)}

@@ -1,0 +1,219 @@
+"""The report people read: a summary over tasks, then a table and a verdict for each."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adaqn_cuda
+from adaqn_cuda.demo.numbers import write_json
+
+from . import plots
+from .ledger import Ledger
+from .methods import POINTS, RATIO, Method
+from .protocol import EXTENSIONS, SHORT_HORIZONS
+from .results import REFERENCES, Table, collect
+from .tasks import TEST_SEEDS, TUNING_SEED, Task
+
+NAME = "convergence"
+ABSENT = "–"
+
+
+def write(
+    ledger: Ledger, tasks: Sequence[Task], methods: Sequence[Method], folder: Path
+) -> list[Path]:
+    """Write JSON, pictures and text to ``folder``; the files written."""
+    results = collect(ledger, tasks, methods)
+    if not results:
+        raise SystemExit(f"{ledger.path}: no method is finished on any of the tasks")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = plots.draw(results, folder, NAME)
+    content = {
+        "command": f"python bench/convergence.py report --work {ledger.path.name}",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": {"adaqn_cuda": adaqn_cuda.__version__, "torch": torch.__version__},
+        "tasks": rounded(results),
+    }
+    write_json(folder / f"{NAME}.json", content)
+    (folder / f"{NAME}.md").write_text(text(results, [path.name for path in written]))
+    return [folder / f"{NAME}.json", folder / f"{NAME}.md", *written]
+
+
+def rounded(value: Any) -> Any:
+    """The same with five significant digits, which is more than the numbers are worth."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def text(results: dict[str, Table], pictures: list[str]) -> str:
+    """The report, in Markdown."""
+    parts = [introduction(results), summary(results)]
+    parts += [f"![{CAPTIONS[name]}]({name})" for name in pictures]
+    parts += [section(name, task) for name, task in results.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+CAPTIONS = {
+    f"{NAME}-loss.png": "Validation loss of the language models over steps and seconds",
+    f"{NAME}-lr.png": "Loss over lr",
+    f"{NAME}-deterministic.png": "Deterministic problems over gradients and seconds",
+}
+
+
+def introduction(results: dict[str, Table]) -> str:
+    references = ", ".join(REFERENCES)
+    shorter = " and ".join(f"{share:.0%}".replace("%", " %") for share in SHORT_HORIZONS)
+    seeds = " and ".join(map(str, TEST_SEEDS))
+    texts = sorted({task["text"] for task in results.values() if task["text"]})
+    threads = {e["threads"] for t in results.values() for e in t["methods"].values()} - {None}
+    clock = (
+        f"A step is timed on {max(threads)} threads of a CPU, gradient and optimizer together; "
+        "seconds are steps times that."
+        if threads
+        else "Steps have not been timed yet."
+    )
+    paragraphs = (
+        f"""Written by `python bench/convergence.py report`; the numbers are in
+        [{NAME}.json]({NAME}.json).""",
+        f"""Every method has its lr tuned by the same rule: {POINTS} points, a factor of {RATIO}
+        apart, on seed {TUNING_SEED}; while the best is at an edge the grid grows by a point, at
+        most {EXTENSIONS} times each way ("edge" marks where it still ended there). That lr is then
+        run on seeds {seeds}, which it was not tuned on, and those are the losses below. In language
+        models lr warms up over the first 5 % of the steps and falls linearly to zero, for all;
+        nothing is stopped early.""",
+        f"""The target of a task is the mean loss of the best of {references}. "Steps" is how soon a
+        method is as good, in percent of the full length, "wall" the same in percent of that best
+        one's time, and a dash means never. Settings of AdaQN (but the paper's) are also run over
+        {shorter} of the steps of language models, with the same lr, and count with the soonest.
+        {clock}""",
+        f"Texts: {', '.join(texts) or 'none'}.",
+    )
+    filled = (textwrap.fill(" ".join(paragraph.split()), 100) for paragraph in paragraphs)
+    return "\n\n".join(("# Convergence", *filled))
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(results: dict[str, Table]) -> str:
+    """One line for each task: the best of either side."""
+    head = ["task", "target", "best other", "best AdaQN", "AdaQN against it", "steps", "wall"]
+    rows = []
+    for name, task in results.items():
+        other, ours = best(task, ours=False), best(task, ours=True)
+        target = task["methods"][task["target"]] if task["target"] else None
+        rows.append(
+            [
+                f"[{name}](#{name})",
+                named(task, task["target"], target),
+                named(task, *other),
+                named(task, *ours),
+                against(task, ours[1], other[1]) if ours[1] and other[1] else ABSENT,
+                percent(ours[1] and ours[1]["steps_share"]),
+                percent(ours[1] and ours[1]["wall_share"]),
+            ]
+        )
+    note = "Mean over the test seeds; steps and wall are those of the best AdaQN setting."
+    return f"## Summary\n\n{note}\n\n{markdown(head, rows)}"
+
+
+def section(name: str, task: Table) -> str:
+    """Heading, table and verdict of one task."""
+    seeds = [f"seed {seed}" for seed in TEST_SEEDS]
+    head = ["method", "lr", *seeds, "ms / step", "seconds", "steps", "wall"]
+    by_loss = sorted(task["methods"].items(), key=lambda item: item[1]["mean"])
+    rows = [row(task, method, entry) for method, entry in by_loss]
+    missing = task["unfinished"]
+    rest = f"\n\nNot finished: {', '.join(f'`{m}`' for m in missing)}." if missing else ""
+    title = f"## {name}\n\n{task['title'][0].upper()}{task['title'][1:]}"
+    title += f"; {task['definition']['steps']} steps; {task['metric']}."
+    return f"{title}\n\n{verdict(task)}\n\n{markdown(head, rows)}{rest}"
+
+
+def row(task: Table, name: str, entry: Table) -> list[str]:
+    losses = [number(task, loss) for loss in entry["losses"]]
+    step = ABSENT if entry["ms"] is None else f"{entry['ms']:.3g} ± {entry['iqr'] / 2:.1g}"
+    seconds = ABSENT if entry["seconds"] is None else f"{entry['seconds']:.3g}"
+    edge = " (edge)" if entry["edge"] else ""
+    return [
+        f"**{name}**" if entry["ours"] else name,
+        f"{entry['lr']:g}{edge}",
+        *losses,
+        step,
+        seconds,
+        percent(entry["steps_share"]),
+        percent(entry["wall_share"]),
+    ]
+
+
+# ---------------------------------------------------------------------- words
+
+
+def best(task: Table, ours: bool) -> tuple[str | None, Table | None]:
+    """The setting of AdaQN, or other method, with the lowest mean loss."""
+    mine = [(name, entry) for name, entry in task["methods"].items() if entry["ours"] == ours]
+    return min(mine, key=lambda item: item[1]["mean"], default=(None, None))
+
+
+def number(task: Table, loss: float) -> str:
+    if not math.isfinite(loss):
+        return "diverged"
+    return f"{loss:.3f}" if task["stochastic"] else f"{loss:.1e}"
+
+
+def percent(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.0f} %"
+
+
+def named(task: Table, name: str | None, entry: Table | None) -> str:
+    return ABSENT if entry is None else f"{number(task, entry['mean'])} {name}"
+
+
+def against(task: Table, mine: Table, other: Table) -> str:
+    """Difference of two means, in nats; a factor for what spans decades."""
+    if not (math.isfinite(mine["mean"]) and math.isfinite(other["mean"])):
+        return ABSENT
+    if task["stochastic"]:
+        return f"{mine['mean'] - other['mean']:+.3f}"
+    return times(mine["mean"] / other["mean"])
+
+
+def verdict(task: Table) -> str:
+    """One sentence: who wins, by how much, and whether the seeds bear it out."""
+    ours, other = best(task, ours=True), best(task, ours=False)
+    if ours[1] is None or other[1] is None:
+        name, entry = ours if other[1] is None else other
+        return f"Of the methods run so far, `{name}` ends lowest, at {number(task, entry['mean'])}."
+    won = ours[1]["mean"] < other[1]["mean"]
+    (first, winner), (second, loser) = (ours, other) if won else (other, ours)
+    who = f"AdaQN (`{first}`) wins" if won else f"AdaQN loses: `{first}` wins"
+    what = f"`{second}`, the best of the others," if won else f"AdaQN's best, `{second}`,"
+    if math.isinf(loser["mean"]):
+        return f"{who} with {number(task, winner['mean'])}; {what} diverges."
+    higher = loser["mean"] / winner["mean"]
+    size = f"{loser['mean'] - winner['mean']:.3f} above" if task["stochastic"] else factor(higher)
+    every = all(a < b for a, b in zip(winner["losses"], loser["losses"], strict=True))
+    doubt = "" if every else ", but not on every seed"
+    return f"{who} with {number(task, winner['mean'])}; {what} ends {size}{doubt}."
+
+
+def factor(ratio: float) -> str:
+    return "level with it" if ratio < 1.05 else f"{times(ratio)} higher"
+
+
+def times(ratio: float) -> str:
+    return f"{float(f'{ratio:.2g}'):,g} times" if ratio < 1e5 else f"{ratio:.0e} times"

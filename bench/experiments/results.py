@@ -1,0 +1,138 @@
+"""What the ledger says about each task and method, as plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import numpy
+
+from .ledger import Ledger, Record, key_of
+from .methods import Method
+from .protocol import Study, best_rate
+from .tasks import TEST_SEEDS, Task
+from .timing import definition
+
+#: The target is the best of these, tuned.
+REFERENCES = ("adam", "nadam", "rmsprop")
+#: Points of a curve that are kept.
+POINTS = 20
+
+Curve = list[tuple[float, float]]
+Table = dict[str, Any]
+
+
+def collect(ledger: Ledger, tasks: Sequence[Task], methods: Sequence[Method]) -> dict[str, Table]:
+    """Results by task; tasks without any finished method are left out."""
+    found = {task.name: of_task(ledger, task, methods) for task in tasks}
+    return {name: table for name, table in found.items() if table["methods"]}
+
+
+def of_task(ledger: Ledger, task: Task, methods: Sequence[Method]) -> Table:
+    """Every method's losses and times on ``task``, and the target that all are held against."""
+    text, table, unfinished = text_of(ledger, task), {}, []
+    for method in (m for m in methods if m.runs_on(task)):
+        study = Study(task, method, text)
+        if study.finished(ledger):
+            table[method.name] = of_method(ledger, study)
+        else:
+            unfinished.append(method.name)
+    references = [name for name in REFERENCES if name in table]
+    target = min(references, key=lambda name: table[name]["mean"], default=None)
+    for entry in table.values():
+        add_reach(entry, task, table[target] if target else None)
+    return {
+        "title": task.title, "metric": task.metric, "stochastic": task.stochastic,
+        "definition": task.definition(), "text": text and text["name"], "target": target,
+        "unfinished": unfinished, "methods": table,
+    }  # fmt: skip
+
+
+def text_of(ledger: Ledger, task: Task) -> dict[str, str] | None:
+    """The text that ``task`` was last run with."""
+    wanted = key_of(task.definition())
+    mine = [r for r in ledger.runs() if key_of(r["definition"]["task"]) == wanted]
+    return mine[-1]["definition"]["text"] if mine else None
+
+
+def of_method(ledger: Ledger, study: Study) -> Table:
+    """Tuning and test losses of one method, its mean curve for each horizon, its step time."""
+    losses = study.tuning(ledger)
+    lr = best_rate(losses)
+    tests = [] if math.isinf(losses[lr]) else study.tests(lr)
+    records = {(run.horizon, run.seed): study.find(ledger, run) for run in tests}
+    horizons = sorted({horizon for horizon, _ in records}, reverse=True)
+    curves = {h: mean_curve([records[h, seed] for seed in TEST_SEEDS]) for h in horizons}
+    finals = {h: [final_loss(records[h, seed]) for seed in TEST_SEEDS] for h in horizons}
+    full = finals.pop(1.0, [math.inf] * len(TEST_SEEDS))
+    return {
+        "ours": study.method.ours, "options": study.method.definition(), "lr": lr,
+        "edge": lr in (min(losses), max(losses)), "tuning": [list(p) for p in losses.items()],
+        "seeds": list(TEST_SEEDS), "losses": full, "mean": mean(full),
+        "shorter": {str(h): values for h, values in finals.items()},
+        "curves": {str(h): thinned(curve) for h, curve in curves.items()},
+        "stats": records[1.0, TEST_SEEDS[0]]["stats"] if tests else None,
+        **timing_of(ledger, study),
+    }  # fmt: skip
+
+
+def final_loss(record: Record) -> float:
+    return math.inf if record["loss"] is None else record["loss"]
+
+
+def timing_of(ledger: Ledger, study: Study) -> Table:
+    """The last timing of this task and method, if there is one."""
+    wanted = key_of(definition(study.task, study.method))
+    mine = [r for r in ledger.timings() if key_of(r["definition"]) == wanted]
+    return {name: mine[-1][name] if mine else None for name in ("ms", "iqr", "threads")}
+
+
+# ---------------------------------------------------------------------- curves
+
+
+def mean_curve(records: list[Record]) -> Curve:
+    """Mean over seeds, at the points of the first; up to where the shortest ends."""
+    curves = [numpy.array([p for p in r["curve"] if math.isfinite(p[1])]) for r in records]
+    end = min(curve[-1, 0] for curve in curves)
+    steps = [step for step in curves[0][:, 0] if step <= end]
+    values = numpy.mean([numpy.interp(steps, *curve.T) for curve in curves], axis=0)
+    return [(float(step), float(value)) for step, value in zip(steps, values, strict=True)]
+
+
+def thinned(curve: Curve) -> Curve:
+    """About :data:`POINTS` of its points, the last one among them."""
+    every = max(1, len(curve) // POINTS)
+    return curve[::-1][::every][::-1]
+
+
+def crossing(curve: Curve, target: float) -> float | None:
+    """Where ``curve`` first comes down to ``target``, between its points on a straight line."""
+    above = None
+    for step, value in curve:
+        if value <= target * (1 + 1e-9):
+            if above is None or above[1] <= value:
+                return step
+            share = (above[1] - max(target, value)) / (above[1] - value)
+            return above[0] + share * (step - above[0])
+        above = step, value
+    return None
+
+
+def add_reach(entry: Table, task: Task, target: Table | None) -> None:
+    """Add to ``entry`` how soon its method is as good as ``target``: steps, seconds, shares.
+
+    A method that was run over shorter horizons counts with the soonest of its curves.
+    """
+    found = []
+    if target is not None and math.isfinite(target["mean"]):
+        found = [crossing(curve, target["mean"]) for curve in entry["curves"].values()]
+    steps = min((step for step in found if step is not None), default=None)
+    times = entry["ms"] is not None and target is not None and target["ms"] is not None
+    entry["steps_to_target"] = steps
+    entry["steps_share"] = None if steps is None else steps / task.steps
+    entry["seconds"] = None if entry["ms"] is None else task.steps * entry["ms"] / 1000
+    wall = steps * entry["ms"] / 1000 if steps is not None and times else None
+    entry["seconds_to_target"] = wall
+    entry["wall_share"] = None if wall is None else wall / target["seconds"]
