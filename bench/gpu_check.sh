@@ -31,7 +31,7 @@ python3 -m adaqn_cuda
 
 attempt "tests" timeout 170 python3 -m pytest -q -m cuda -p no:cacheprovider tests/test_cuda.py
 
-# One case of every operation.  Only our kernels are instrumented, except where a tool must have
+# Two cases of every operation.  Only our kernels are instrumented, except where a tool must have
 # seen who wrote what.
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck synccheck initcheck; do
@@ -42,7 +42,7 @@ for tool in memcheck racecheck synccheck initcheck; do
     only=(--kernel-name kernel_substring=adaqn)
     if [ $tool = initcheck ]; then only=(); fi
     attempt "compute-sanitizer $tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        timeout 60 "$sanitizer" --tool $tool --error-exitcode 9 "${only[@]}" \
+        timeout 90 "$sanitizer" --tool $tool --error-exitcode 9 "${only[@]}" \
         python3 -m pytest -q -x -m cuda -p no:cacheprovider tests/test_cuda.py \
         -k "agrees and mixed and not float64"
 done

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from adaqn_cuda import AdaQN, __version__
+from adaqn_cuda import PAPER, AdaQN, __version__
 from adaqn_cuda.demo.models import RecurrentLM, loss_of
 from adaqn_cuda.layout import Counter
 
@@ -130,15 +130,20 @@ class Contender:
     closure: Callable[[], torch.Tensor] | None = field(default=None)
 
 
-def adaqn_bytes(m: int, width: int, kind: str) -> float:
+def adaqn_bytes(m: int, width: int, kind: str, momentum: bool = False, cap: bool = False) -> float:
     """Bytes per element, with pairs of ``width`` bytes: 12 m + 44 in float32, 6 m + 44 in bfloat16.
 
-    A pair update reads the gradients twice, w_sum and w_o twice, S once; it writes s and y, moves
-    the anchor and clears the sum.
+    Momentum is read and written once; with a cap on the direction, so is the direction once more.
+    A pair update reads the gradients twice, w_sum and w_o twice, S and the momentum once; it writes
+    s and y, moves the anchor and clears the sum.
     """
-    plain = 3 * width * m + 44
-    update = 2 * 4 * FISHER_SIZE + 16 + width * m + 2 * width + 12
+    plain = 3 * width * m + 44 + 8 * momentum + 8 * cap
+    update = 2 * 4 * FISHER_SIZE + 16 + width * m + 2 * width + 12 + 4 * momentum
     return plain + (update if kind == "pair-update" else 0)
+
+
+#: Without pairs: g read twice, v, m and w read and written once.
+DIAGONAL_BYTES = 32
 
 
 def fill_adaqn(optimizer: AdaQN) -> None:
@@ -169,16 +174,29 @@ def fill_lbfgs(optimizer: torch.optim.LBFGS, m: int) -> None:
 def contenders(device: str, histories: tuple[int, ...]) -> Iterator[Contender]:
     for m in histories:
         for dtype in (torch.float32, torch.bfloat16):
-            options = dict(
-                lr=1e-9, history_size=m, fisher_size=FISHER_SIZE, update_interval=INTERVAL,
-                history_dtype=None if dtype == torch.float32 else dtype,
-            )  # fmt: skip
+            options = {
+                **PAPER, "lr": 1e-9, "history_size": m, "fisher_size": FISHER_SIZE,
+                "update_interval": INTERVAL,
+                "history_dtype": None if dtype == torch.float32 else dtype,
+            }  # fmt: skip
             yield Contender(
                 "AdaQN", partial(AdaQN, **options), partial(adaqn_bytes, m, dtype.itemsize), m,
                 dtype, fill_adaqn, ("plain", "pair-update"), graphs=device == "cuda",
             )  # fmt: skip
     m = histories[len(histories) // 2]
-    options = dict(lr=1e-9, history_size=m, fisher_size=FISHER_SIZE, update_interval=INTERVAL)
+    options = {**PAPER, "lr": 1e-9, "fisher_size": FISHER_SIZE, "update_interval": INTERVAL}
+    options["history_size"] = m
+    for name, more in (("momentum", {"momentum": 0.9}), ("cap", {"max_direction": 1.0})):
+        yield Contender(
+            f"AdaQN {name}", partial(AdaQN, **{**options, **more}),
+            partial(adaqn_bytes, m, 4, **{name: True}), m, torch.float32, fill_adaqn,
+            ("plain", "pair-update"), graphs=device == "cuda",
+        )  # fmt: skip
+    diagonal = {**options, "history_size": 0, "momentum": 0.9, "bias_correction": True}
+    yield Contender(
+        "AdaQN diagonal", partial(AdaQN, **diagonal), lambda _: DIAGONAL_BYTES, 0,
+        graphs=device == "cuda",
+    )  # fmt: skip
     yield Contender(
         "AdaQN reference", partial(AdaQN, fused=False, **options), partial(adaqn_bytes, m, 4), m,
         torch.float32, fill_adaqn, ("plain", "pair-update"),
@@ -416,7 +434,8 @@ def training_share(bench: Bench) -> list[dict]:
     shares = []
     for name, (make, vocabulary, steps, batch) in models.items():
         model = make().to(bench.device)
-        optimizer = AdaQN(model.parameters(), lr=1e-6, update_interval=INTERVAL)
+        options = {**PAPER, "lr": 1e-6, "update_interval": INTERVAL}
+        optimizer = AdaQN(model.parameters(), **options)
         symbols = torch.randint(vocabulary, (2, steps, batch), device=bench.device)
 
         def gradient(model=model, symbols=symbols) -> None:

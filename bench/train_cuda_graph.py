@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from adaqn_cuda import AdaQN
+from adaqn_cuda import PAPER, AdaQN
 from adaqn_cuda.demo.data import Batches, load_corpus
 from adaqn_cuda.demo.models import RecurrentLM, loss_of
 
@@ -38,7 +38,8 @@ class Trainer:
         self.hidden = tuple(torch.zeros(1, BATCH, HIDDEN, device="cuda") for _ in range(2))
         self.loss = torch.zeros((), device="cuda")
         self.lr = torch.tensor(lr, dtype=torch.float64, device="cuda")
-        self.optimizer = AdaQN(self.model.parameters(), lr=self.lr, update_interval=INTERVAL)
+        options = {**PAPER, "lr": self.lr, "update_interval": INTERVAL}
+        self.optimizer = AdaQN(self.model.parameters(), **options)
 
     def load_batch(self) -> None:
         if self.batches.at_start():

@@ -12,6 +12,8 @@ import torch
 from cmake_module import build_module
 from torch import Tensor
 
+from adaqn_cuda.layout import Flag, state_dtype
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -40,7 +42,7 @@ def rows(params, grads=None, group_sizes=None) -> list[tuple]:
 
 def state(vector_type: torch.dtype, numel: int, **buffers: Tensor | None) -> dict[str, int]:
     """Buffers of :class:`adaqn_cuda.arena.Sizes` by name, as the bindings take them."""
-    result = {"numel": numel, "slots": 1, "fisher_size": 1, "type": TYPES[vector_type]}
+    result = {"numel": numel, "slots": 0, "fisher_size": 1, "type": TYPES[vector_type]}
     result.update(pair_type=TYPES[vector_type], fisher_type=TYPES[vector_type])
     for name, buffer in buffers.items():
         result[name] = address(buffer)
@@ -54,8 +56,14 @@ def state(vector_type: torch.dtype, numel: int, **buffers: Tensor | None) -> dic
         result["slots"] = buffers["gram"].shape[1]
     if "fisher" in buffers:
         result["fisher_type"] = TYPES[buffers["fisher"].dtype]
-        result["fisher_size"] = len(buffers["fisher"])
+        result["fisher_size"] = max(len(buffers["fisher"]), 1)
+        if not len(buffers["fisher"]):
+            result["fisher"] = 0
     return result
+
+
+def rates(lr, weight_decay, lr_tensor, weight_decay_tensor) -> tuple:
+    return lr, weight_decay, address(lr_tensor), address(weight_decay_tensor)
 
 
 class EmulatedOps:
@@ -70,59 +78,90 @@ class EmulatedOps:
         return module
 
     def direction_step(
-        self, params, grads, s_ring, y_ring, gram, grad_scale, found_inf, maximize, keep, add, eps,
-        group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, accumulator, fisher,
-        iterate_sum, direction, projections, images, counters,
+        self, params, grads, s_ring, y_ring, gram, grad_scale, found_inf, maximize, max_grad_norm,
+        beta, keep, add, eps, correct_bias, max_direction, group_sizes, lr, weight_decay, lr_tensor,
+        weight_decay_tensor, momentum, accumulator, fisher, iterate_sum, direction, moments,
+        projections, images, counters,
     ):  # fmt: skip
         self._module().direction_step(
             rows(params, grads, group_sizes),
             state(
                 direction.dtype, direction.numel(), s_ring=s_ring, y_ring=y_ring, gram=gram,
-                accumulator=accumulator, fisher=fisher, iterate_sum=iterate_sum,
-                direction=direction, projections=projections, images=images, counters=counters,
+                momentum=momentum, accumulator=accumulator, fisher=fisher,
+                iterate_sum=iterate_sum, direction=direction, moments=moments,
+                projections=projections, images=images, counters=counters,
             ),
-            address(grad_scale), address(found_inf), maximize, keep, add, eps, lr, weight_decay,
-            address(lr_tensor), address(weight_decay_tensor),
+            (address(grad_scale), address(found_inf), maximize, max_grad_norm),
+            (beta, keep, add, eps, correct_bias), max_direction,
+            rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
         )  # fmt: skip
 
     def direction_pass1(
-        self, params, grads, s_ring, counters, grad_scale, found_inf, maximize, projections
-    ):
-        vector_type = torch.float64 if any(p.dtype == torch.float64 for p in params) else None
+        self, params, grads, s_ring, counters, grad_scale, found_inf, maximize, max_grad_norm,
+        beta, moments, projections,
+    ):  # fmt: skip
         self._module().direction_pass1(
             rows(params, grads),
             state(
-                vector_type or torch.float32, s_ring.shape[1], s_ring=s_ring,
+                state_dtype(params), s_ring.shape[1], s_ring=s_ring, moments=moments,
                 projections=projections, counters=counters,
             ),
-            address(grad_scale), address(found_inf), maximize,
+            (address(grad_scale), address(found_inf), maximize, max_grad_norm), beta,
         )  # fmt: skip
 
     def direction_pass2(
-        self, params, grads, y_ring, gram, counters, projections, grad_scale, maximize, keep, add,
-        eps, accumulator, fisher, direction, images,
+        self, params, grads, y_ring, gram, counters, projections, grad_scale, maximize,
+        max_grad_norm, beta, keep, add, eps, correct_bias, identity, momentum, accumulator, fisher,
+        direction, images,
     ):  # fmt: skip
         self._module().direction_pass2(
             rows(params, grads),
             state(
-                direction.dtype, direction.numel(), y_ring=y_ring, gram=gram,
+                direction.dtype, direction.numel(), y_ring=y_ring, gram=gram, momentum=momentum,
                 accumulator=accumulator, fisher=fisher, direction=direction,
                 projections=projections, images=images, counters=counters,
             ),
-            address(grad_scale), maximize, keep, add, eps,
+            (address(grad_scale), 0, maximize, max_grad_norm),
+            (beta, keep, add, eps, correct_bias), identity,
+        )  # fmt: skip
+
+    def direction_images(self, direction, y_ring, counters, projections, images):
+        self._module().direction_images(
+            state(
+                direction.dtype, direction.numel(), y_ring=y_ring, direction=direction,
+                projections=projections, images=images, counters=counters,
+            )
         )  # fmt: skip
 
     def direction_pass3(
-        self, params, s_ring, gram, projections, images, direction, group_sizes, lr, weight_decay,
-        lr_tensor, weight_decay_tensor, fisher_size, iterate_sum, counters,
+        self, params, s_ring, gram, projections, images, direction, beta, max_direction,
+        group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, fisher_size, iterate_sum,
+        moments, counters,
     ):  # fmt: skip
         words = state(
             direction.dtype, direction.numel(), s_ring=s_ring, gram=gram, iterate_sum=iterate_sum,
-            direction=direction, projections=projections, images=images, counters=counters,
+            direction=direction, moments=moments, projections=projections, images=images,
+            counters=counters,
         )  # fmt: skip
         self._module().direction_pass3(
-            rows(params, None, group_sizes), {**words, "fisher_size": fisher_size}, lr,
-            weight_decay, address(lr_tensor), address(weight_decay_tensor),
+            rows(params, None, group_sizes), {**words, "fisher_size": fisher_size}, beta,
+            max_direction, rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
+        )  # fmt: skip
+
+    def diagonal_step(
+        self, params, grads, grad_scale, found_inf, maximize, max_grad_norm, beta, keep, add, eps,
+        correct_bias, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, momentum,
+        accumulator, projections, counters,
+    ):  # fmt: skip
+        self._module().diagonal_step(
+            rows(params, grads, group_sizes),
+            state(
+                state_dtype(params), sum(p.numel() for p in params), momentum=momentum,
+                accumulator=accumulator, projections=projections, counters=counters,
+            ),
+            (address(grad_scale), address(found_inf), maximize, max_grad_norm),
+            (beta, keep, add, eps, correct_bias),
+            rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
         )  # fmt: skip
 
     def iterate_swap(self, params, iterate_sum, projections, counters, saved):
@@ -130,38 +169,41 @@ class EmulatedOps:
             saved.dtype, saved.numel(), iterate_sum=iterate_sum, projections=projections,
             counters=counters, direction=saved,
         )  # fmt: skip
-        self._module().iterate_swap(rows(params), {**words, "slots": len(projections) - 2})
+        slots = len(projections) - len(Flag)
+        self._module().iterate_swap(rows(params), {**words, "slots": slots})
 
     def iterate_restore(self, params, saved):
         words = state(saved.dtype, saved.numel(), direction=saved)
         self._module().iterate_restore(rows(params), words)
 
-    def curvature_pass_a(self, fisher, iterate_sum, anchor, counters, weights):
-        self._module().curvature_pass_a(
-            state(
-                iterate_sum.dtype, iterate_sum.numel(), fisher=fisher, iterate_sum=iterate_sum,
-                anchor=anchor, counters=counters, weights=weights,
-            )
+    def curvature_pass_a(
+        self, fisher, iterate_sum, anchor, counters, explicit, damping, image, weights
+    ):
+        words = state(
+            iterate_sum.dtype, iterate_sum.numel(), fisher=fisher, iterate_sum=iterate_sum,
+            anchor=anchor, counters=counters, image=image, weights=weights,
         )  # fmt: skip
+        self._module().curvature_pass_a(words, explicit, damping)
 
     def curvature_pass_b(
-        self, fisher, iterate_sum, anchor, counters, weights, s_ring, y_ring, column
-    ):
+        self, fisher, iterate_sum, anchor, counters, weights, image, momentum, s_ring, y_ring,
+        column,
+    ):  # fmt: skip
         self._module().curvature_pass_b(
             state(
                 iterate_sum.dtype, iterate_sum.numel(), fisher=fisher, iterate_sum=iterate_sum,
-                anchor=anchor, counters=counters, weights=weights, s_ring=s_ring, y_ring=y_ring,
-                column=column,
+                anchor=anchor, counters=counters, weights=weights, image=image, momentum=momentum,
+                s_ring=s_ring, y_ring=y_ring, column=column,
             )
         )  # fmt: skip
 
     def curvature_commit(
-        self, params, column, monitored_loss, min_curvature, max_increase, gram, losses, anchor,
-        iterate_sum, counters,
+        self, params, column, monitored_loss, min_curvature, max_increase, gram, moments, losses,
+        anchor, iterate_sum, momentum, counters,
     ):  # fmt: skip
         words = state(
-            anchor.dtype, anchor.numel(), column=column, gram=gram, losses=losses, anchor=anchor,
-            iterate_sum=iterate_sum, counters=counters,
+            anchor.dtype, anchor.numel(), column=column, gram=gram, moments=moments, losses=losses,
+            anchor=anchor, iterate_sum=iterate_sum, momentum=momentum, counters=counters,
         )  # fmt: skip
         self._module().curvature_commit(
             rows(params), words, address(monitored_loss), min_curvature, max_increase

@@ -8,6 +8,7 @@ reference runs on plain copies with zeros there.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from adaqn_cuda.layout import Counter, Flag, pair_slots, projections_size, state
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 GUARD = 64
 RINGS = ("s_ring", "y_ring", "fisher")
+#: Buffers of sums and coefficients, and how many words at their end are no part of the vector.
+WORDS = {"projections": 3, "images": 1, "weights": 1, "column": 2, "moments": 0, "losses": 0}
 #: Largest relative error of a buffer, by dtype; narrow ones may round a tie the other way.
 TOLERANCE = {F32: 2e-5, F64: 1e-12, BF16: 2e-3, F16: 3e-4}
 
@@ -31,11 +34,17 @@ class Case:
         dtypes: of the parameters, cycled through.
         offset: elements between a 16-byte boundary and the beginning of every buffer.
         row_padding: elements between the rows of a ring; ``None`` aligns the rows.
-        history_size, fisher_size, pairs, oldest, gradients: the rings and what is in them.
+        history_size, fisher_size, pairs, oldest, gradients: the rings and what is in them; sizes
+            of zero for none.
         pair_dtype, fisher_dtype: ``None`` for that of the vectors.
         diagonal: whether there is an accumulator.
         groups: parameter groups.
         missing: every how many parameters one has no gradient; 0 for none.
+        beta: of the momentum; 0 for none.
+        accepted: steps before this one.
+        correct_bias, max_grad_norm, max_direction, identity, explicit: as in the reference.
+        damping: of the pair; 0 for none.
+        image_size: of B0 s / s.
     """
 
     numels: tuple[int, ...] = (4097,)
@@ -52,10 +61,22 @@ class Case:
     diagonal: bool = True
     groups: int = 1
     missing: int = 0
+    beta: float = 0.0
+    accepted: int = 6
+    correct_bias: bool = False
+    max_grad_norm: float = inf
+    max_direction: float = inf
+    identity: bool = False
+    explicit: bool = False
+    damping: float = 0.0
+    image_size: float = 1.0
     seed: int = 0
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
+
+    def without_pairs(self) -> Case:
+        return self.but(history_size=0, pairs=0, oldest=0, fisher_size=0, gradients=0)
 
 
 class Problem:
@@ -67,59 +88,104 @@ class Problem:
         draw = torch.Generator(device).manual_seed(case.seed)
         options = dict(generator=draw, dtype=F64, device=device)
         self.draw = lambda *shape: torch.randn(*shape, **options)
-        d, slots = sum(case.numels), pair_slots(case.history_size)
-        kinds = [case.dtypes[i % len(case.dtypes)] for i in range(len(case.numels))]
-        vector = state_dtype([torch.empty(0, dtype=kind) for kind in kinds])
-        self.vector = vector
-        v: dict = {}
-        pairs = list(zip(case.numels, kinds, strict=True))
-        v["params"] = [self.guarded(self.draw(n), kind) for n, kind in pairs]
-        v["grads"] = [self.guarded(self.draw(n), kind) for n, kind in pairs]
-        if case.missing:
-            v["grads"][:: case.missing] = [None] * len(v["grads"][:: case.missing])
+        slots = pair_slots(case.history_size)
         stored = [(case.oldest + i) % slots for i in range(case.pairs)]
         self.unread = {
             "s_ring": [i for i in range(slots) if i not in stored],
             "fisher": list(range(case.gradients, case.fisher_size)),
         }
         self.unread["y_ring"] = self.unread["s_ring"]
-        rows = {"s_ring": slots, "y_ring": slots, "fisher": case.fisher_size}
-        for name, count in rows.items():
-            dtype = (case.fisher_dtype if name == "fisher" else case.pair_dtype) or vector
+        self.values: dict = {}
+        self.values.update(self.parameters())
+        self.values.update(self.rings(slots))
+        self.values.update(self.vectors())
+        self.values.update(self.words(slots, stored))
+        self.values.update(self.options())
+        self.values["saved"] = self["direction"]
+
+    def parameters(self) -> dict:
+        case = self.case
+        kinds = [case.dtypes[i % len(case.dtypes)] for i in range(len(case.numels))]
+        self.vector = state_dtype([torch.empty(0, dtype=kind) for kind in kinds])
+        pairs = list(zip(case.numels, kinds, strict=True))
+        params = [self.guarded(self.draw(n), kind) for n, kind in pairs]
+        grads = [self.guarded(self.draw(n), kind) for n, kind in pairs]
+        if case.missing:
+            grads[:: case.missing] = [None] * len(grads[:: case.missing])
+        return {"params": params, "grads": grads}
+
+    def rings(self, slots: int) -> dict:
+        case, d, rings = self.case, self.total(), {}
+        for name, count in (("s_ring", slots), ("y_ring", slots), ("fisher", case.fisher_size)):
+            dtype = (case.fisher_dtype if name == "fisher" else case.pair_dtype) or self.vector
             size = max(d, 1) ** (0 if name == "fisher" else -0.5)  # pairs of length about 1
             padding = -d % 8 if case.row_padding is None else case.row_padding
-            v[name] = self.guarded(size * self.draw(count, d), dtype, padding)
-        for name in ("iterate_sum", "anchor", "direction"):
-            v[name] = self.guarded(self.draw(d), vector)
-        v["accumulator"] = self.guarded(self.draw(d).square(), vector) if case.diagonal else None
-        gram = torch.full((slots + 1, slots), torch.nan, dtype=F64, device=device)
+            rings[name] = self.guarded(size * self.draw(count, d), dtype, padding)
+        return rings
+
+    def vectors(self) -> dict:
+        case, d = self.case, self.total()
+        drawn = {name: self.draw(d) for name in ("iterate_sum", "anchor", "direction", "momentum")}
+        drawn["accumulator"] = self.draw(d).square()
+        s = drawn["iterate_sum"] / 3 - drawn["anchor"]
+        drawn["image"] = case.image_size * s * (0.5 + self.draw(d).square())
+        present = {
+            "iterate_sum": case.history_size > 0,
+            "momentum": case.beta > 0,
+            "accumulator": case.diagonal,
+            "image": case.damping > 0,
+        }
+        return {
+            name: self.guarded(x, self.vector) if present.get(name, True) else None
+            for name, x in drawn.items()
+        }
+
+    def words(self, slots: int, stored: list[int]) -> dict:
+        case, draw = self.case, self.draw
+        gram = torch.full((slots + 1, slots), torch.nan, dtype=F64, device=self.device)
         for i, row in enumerate(stored):
-            gram[row, stored[i:]] = 0.2 * self.draw(case.pairs - i)
-            gram[row, row] = 1.5 + torch.rand((), **options)
+            gram[row, stored[i:]] = 0.2 * draw(case.pairs - i)
+            gram[row, row] = 1.5 + 0.5 * draw(()).tanh()
             gram[slots, row] = 2.5
-        v["gram"] = self.guarded(gram, F64)
-        v["losses"] = self.guarded(torch.tensor([1.0, torch.nan]), F64)
-        words = self.draw(projections_size(case.history_size))
-        words[Flag.NONFINITE], words[Flag.NONZERO] = 0, 5
-        v["projections"] = self.guarded(words, F64)
-        v["images"] = self.guarded(self.draw(slots), F64)
-        v["weights"] = self.guarded(self.draw(case.fisher_size), F64)
-        v["column"] = self.guarded(self.draw(slots + 1).abs() + 1, F64)
+        flags = {Flag.NONFINITE: 0, Flag.NONZERO: 5}
+        flags[Flag.SQUARE] = sum(g.double().square().sum() for g in self["grads"] if g is not None)
+        projections = draw(projections_size(case.history_size))
+        for flag, value in flags.items():
+            projections[flag] = value
+        images = draw(slots + 1)
+        images[-1] = self.total()  # of the size of |p|^2
         counters = torch.zeros(len(Counter), dtype=torch.int64)
         counters[Counter.PAIRS], counters[Counter.OLDEST_PAIR] = case.pairs, case.oldest
         counters[Counter.GRADIENTS] = case.gradients
-        counters[Counter.NEXT_GRADIENT] = case.gradients % case.fisher_size
+        counters[Counter.NEXT_GRADIENT] = case.gradients % max(case.fisher_size, 1)
         counters[Counter.ITERATES], counters[Counter.ANCHORED] = 3, 1
-        v["counters"] = self.guarded(counters, torch.int64)
-        v.update(saved=v["direction"], grad_scale=None, found_inf=None, maximize=False)
-        v.update(keep=0.9, add=0.1, eps=1e-3, fisher_size=case.fisher_size)
-        count, groups = len(case.numels), case.groups
-        v["group_sizes"] = [count * (k + 1) // groups - count * k // groups for k in range(groups)]
-        v["lr"] = [0.1 + 0.01 * k for k in range(groups)]
-        v["weight_decay"] = [0.02 * (k % 3) for k in range(groups)]
-        v.update(lr_tensor=None, weight_decay_tensor=None, monitored_loss=None)
-        v.update(min_curvature=1e-4, max_increase=1.01)
-        self.values = v
+        counters[Counter.ACCEPTED] = case.accepted
+        doubles = {
+            "gram": gram,
+            "losses": torch.tensor([1.0, torch.nan]),
+            "moments": draw(slots),
+            "projections": projections,
+            "images": images,
+            "weights": draw(case.fisher_size + 1),
+            "column": draw(slots + 2).abs() + 1,
+        }
+        guarded = {name: self.guarded(values, F64) for name, values in doubles.items()}
+        return {**guarded, "counters": self.guarded(counters, torch.int64)}
+
+    def options(self) -> dict:
+        case, count = self.case, len(self.case.numels)
+        groups = case.groups
+        copied = ("beta", "correct_bias", "max_grad_norm", "max_direction", "identity", "explicit")
+        return {
+            **{name: getattr(case, name) for name in (*copied, "damping")},
+            **dict(keep=0.9, add=0.1, eps=1e-3, fisher_size=max(case.fisher_size, 1)),
+            "group_sizes": [count * (k + 1) // groups - count * k // groups for k in range(groups)],
+            "lr": [0.1 + 0.01 * k for k in range(groups)],
+            "weight_decay": [0.02 * (k % 3) for k in range(groups)],
+            **dict(lr_tensor=None, weight_decay_tensor=None, monitored_loss=None),
+            **dict(grad_scale=None, found_inf=None, maximize=False),
+            **dict(min_curvature=1e-4, max_increase=1.01),
+        }
 
     def __getitem__(self, name: str):
         return self.values[name]
@@ -129,8 +195,7 @@ class Problem:
 
     def guarded(self, values: Tensor, dtype: torch.dtype, padding: int = 0) -> Tensor:
         """``values`` in the midst of a larger buffer of sentinels."""
-        rows = values.shape[0] if values.dim() == 2 else 1
-        columns = values.numel() // rows
+        rows, columns = values.shape if values.dim() == 2 else (1, values.numel())
         start = GUARD + self.case.offset
         stride = columns + padding
         whole = torch.full((start + rows * stride + GUARD,), 77, dtype=dtype, device=self.device)
@@ -163,7 +228,7 @@ class Problem:
 
     def persistent(self) -> list[Tensor]:
         """Copies of all that a dropped step must leave alone, to the bit."""
-        names = ("s_ring", "y_ring", "fisher", "iterate_sum", "anchor", "accumulator", "gram")
+        names = (*RINGS, "iterate_sum", "anchor", "accumulator", "momentum", "gram", "moments")
         kept = [self[name] for name in names if self[name] is not None]
         return [bits(t) for t in [*self["params"], *kept]]
 
@@ -203,6 +268,14 @@ def assert_close(mine: Tensor, theirs: Tensor, what: str, tolerance: float | Non
     assert error <= limit * (size + 1e-30), f"{what}: relative error {error / size:.1e}"
 
 
+def assert_words_close(mine: Tensor, theirs: Tensor, what: str, tolerance: float) -> None:
+    """A vector by its norm; the words at its end, which may be much larger, one by one."""
+    end = len(mine) - WORDS[what]
+    assert_close(mine[:end], theirs[:end], what, tolerance)
+    for i in range(end, len(mine)):
+        assert_close(mine[i : i + 1], theirs[i : i + 1], f"{what}[{i}]", tolerance)
+
+
 def is_a(tensor: Tensor | None, dtype: torch.dtype) -> bool:
     return tensor is not None and tensor.dtype == dtype
 
@@ -221,7 +294,7 @@ def check(namespace, name: str, problem: Problem, unwritten: tuple[str, ...] = (
     problem.poison()
     poisoned = {ring: problem[ring].clone() for ring in RINGS}
     run(namespace, name, problem)
-    words = TOLERANCE[problem.vector]  # sums of products of vectors
+    words = 4 * TOLERANCE[problem.vector]  # sums of products of either sign
     for key, value in problem.values.items():
         if key in unwritten or value is None or key in ("gram", "saved"):
             continue
@@ -233,8 +306,10 @@ def check(namespace, name: str, problem: Problem, unwritten: tuple[str, ...] = (
                 else:
                     assert_close(value[row], theirs[key][row], f"{key}[{row}]")
         elif isinstance(value, Tensor):
-            is_word = key in ("projections", "images", "weights", "column", "losses")
-            assert_close(value, theirs[key], key, words if is_word else None)
+            if key in WORDS:
+                assert_words_close(value, theirs[key], key, words)
+            else:
+                assert_close(value, theirs[key], key)
         elif isinstance(value, list) and value and isinstance(value[0], Tensor):
             for dtype in TOLERANCE:
                 both = [(a, b) for a, b in zip(value, theirs[key], strict=True) if is_a(a, dtype)]

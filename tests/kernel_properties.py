@@ -5,19 +5,29 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from kernel_problems import BF16, F16, F32, F64, Case, Problem, arguments, bits, check, run
 
 from adaqn_cuda import reference
 from adaqn_cuda.layout import Counter, Flag, Loss
 
-STEP = ("direction_pass1", "direction_pass2", "direction_pass3", "direction_step")
+PASSES = ("direction_pass1", "direction_pass2", "direction_pass3")
+STEP = (*PASSES, "direction_step", "diagonal_step")
 ITERATE = ("iterate_swap", "iterate_restore")
 CURVATURE = ("curvature_pass_a", "curvature_pass_b", "curvature_commit")
-ALL = STEP + ITERATE + CURVATURE
+ALL = STEP + ("direction_images",) + ITERATE + CURVATURE
+#: The ways to take a step: operations that make a whole one.
+WHOLE = {"fused": ("direction_step",), "passes": PASSES, "diagonal": ("diagonal_step",)}
 
 #: Small tensors, empty ones among them, of mixed types.
 MIXED = Case(numels=(5, 0, 1, 700, 64, 0, 3), dtypes=(F32, BF16, F16), missing=4, groups=3)
+
+#: Everything beyond the paper's algorithm, switched on.
+EVERYTHING = dict(
+    beta=0.9, correct_bias=True, max_grad_norm=0.7, max_direction=0.5, damping=0.2, image_size=50.0
+)
 
 CASES = {
     "plain": Case(),
@@ -53,31 +63,89 @@ CASES = {
     "100 000": Case(numels=(99_991, 9)),
     "300 tensors": Case(numels=(7, 0, 16) * 100, groups=100),
     "3 000 tensors": Case(numels=(3, 1, 0) * 1000, dtypes=(F32, BF16), groups=5, missing=7),
+    "momentum": Case(beta=0.9),
+    "momentum, first step": Case(beta=0.9, accepted=0),
+    "momentum, after long": Case(beta=0.95, accepted=10**6),
+    "clipped": Case(max_grad_norm=3.0),
+    "clip out of reach": Case(max_grad_norm=1e3),
+    "bias correction": Case(correct_bias=True),
+    "bias correction, first step": Case(correct_bias=True, accepted=0),
+    "capped": Case(max_direction=0.5),
+    "cap out of reach": Case(max_direction=100.0),
+    "capped, no pairs": Case(max_direction=0.5, pairs=0),
+    "capped, scalar initial matrix": Case(max_direction=0.5, diagonal=False),
+    "damped": Case(damping=0.2, image_size=50.0),
+    "damping out of reach": Case(damping=0.2, image_size=0.02),
+    "damped, no gradients": Case(damping=0.2, gradients=0),
+    "damped, fisher ring of 150": Case(
+        numels=(1500,), fisher_size=150, gradients=133, damping=0.2, image_size=50.0
+    ),
+    "given y": Case(explicit=True, fisher_size=1, gradients=1),
+    "given y, damped": Case(explicit=True, fisher_size=1, gradients=1, damping=0.2),
+    "given y, missing": Case(explicit=True, fisher_size=1, gradients=0, damping=0.2),
+    "identity": Case(identity=True, diagonal=False, beta=0.9),
+    "identity, bfloat16 rings": Case(
+        identity=True, diagonal=False, pair_dtype=BF16, fisher_dtype=BF16
+    ),
+    "everything": Case(**EVERYTHING),
+    "everything in float64": Case(dtypes=(F64,), **EVERYTHING),
+    "everything in bfloat16 rings": Case(pair_dtype=BF16, fisher_dtype=BF16, **EVERYTHING),
+    "everything, scalar initial matrix": Case(diagonal=False, **EVERYTHING),
+    "everything, mixed": MIXED.but(**EVERYTHING),
+    "everything, mixed with float64": MIXED.but(dtypes=(F32, F64, BF16, F16), **EVERYTHING),
+    "everything, unaligned": MIXED.but(offset=1, pair_dtype=BF16, **EVERYTHING),
+    "everything, unaligned rows": Case(numels=(1024, 512), row_padding=3, **EVERYTHING),
+    "everything, history of 64": Case(
+        numels=(2500,), history_size=64, pairs=64, oldest=40, **EVERYTHING
+    ),
+    "everything, 3 000 tensors": Case(
+        numels=(3, 1, 0) * 1000, dtypes=(F32, BF16), groups=5, missing=7, **EVERYTHING
+    ),
+    "everything, empty": Case(numels=(0, 0), **EVERYTHING),
+    "no history": Case().without_pairs(),
+    "no history, identity": Case(identity=True, diagonal=False, beta=0.9).without_pairs(),
+    "no history, everything": MIXED.but(**EVERYTHING).without_pairs(),
 }
 
-#: What a kernel need not write: z of the fused step stays on the chip.
-UNWRITTEN = {"direction_step": ("images",)}
+
+def operations_for(case: Case) -> tuple[str, ...]:
+    """Without pairs there is no sum of iterates, no pair update, and no scalar initial matrix."""
+    if case.history_size:
+        return ALL
+    return STEP if case.diagonal else (*PASSES, "diagonal_step")
+
+
+CHECKED = [(operation, name) for name, case in CASES.items() for operation in operations_for(case)]
+
+
+def unwritten(operation: str, case: Case) -> tuple[str, ...]:
+    """What a kernel need not write, and scratch that it may: z of the fused step stays on the chip,
+    and p waits for its norm in the direction's place."""
+    on_chip = ("images",) if operation == "direction_step" else ()
+    return on_chip + (("direction", "saved") if case.max_direction < inf else ())
 
 
 def check_case(namespace, operation: str, case: Case, device: str) -> None:
-    check(namespace, operation, Problem(case, device), UNWRITTEN.get(operation, ()))
+    if operation == "diagonal_step":
+        case = case.without_pairs()
+    check(namespace, operation, Problem(case, device), unwritten(operation, case))
 
 
-def check_scaling(namespace, operation: str, device: str, maximize: bool) -> None:
-    problem = Problem(MIXED, device)
+def check_scaling(namespace, operation: str, device: str, maximize: bool, case: Case) -> None:
+    problem = Problem(case, device)
     problem["grad_scale"] = torch.tensor([8.0])
     problem["found_inf"] = torch.tensor([0.0])
     problem["maximize"] = maximize
-    check(namespace, operation, problem, UNWRITTEN.get(operation, ()))
+    check(namespace, operation, problem, unwritten(operation, case))
 
 
-def check_rate_tensors(namespace, operation: str, device: str) -> None:
-    problem = Problem(CASES["300 tensors"], device)
+def check_rate_tensors(namespace, operation: str, device: str, case: Case) -> None:
+    problem = Problem(case, device)
     groups = problem.case.groups
     problem["lr_tensor"] = torch.linspace(0.1, 0.5, groups, dtype=F64)
     problem["weight_decay_tensor"] = torch.linspace(0, 0.2, groups, dtype=F64)
     problem["lr"] = problem["weight_decay"] = [0.0] * groups
-    check(namespace, operation, problem, UNWRITTEN.get(operation, ()))
+    check(namespace, operation, problem, unwritten(operation, case))
 
 
 def drop(problem: Problem, reason: str) -> None:
@@ -93,13 +161,13 @@ def drop(problem: Problem, reason: str) -> None:
         problem["grads"][-1][-1] = float(reason)
 
 
-def check_dropped(namespace, device: str, reason: str, fused: bool, case: Case) -> None:
+def check_dropped(namespace, device: str, reason: str, way: str, case: Case) -> None:
     """A dropped step leaves parameters and state alone, to the bit, and is counted once."""
-    problem = Problem(case, device)
+    problem = Problem(case.without_pairs() if way == "diagonal" else case, device)
     problem.poison()
     drop(problem, reason)
     before, counters = problem.persistent(), problem["counters"].clone()
-    for operation in ("direction_step",) if fused else STEP[:3]:
+    for operation in WHOLE[way]:
         run(namespace, operation, problem)
     assert all(torch.equal(a, b) for a, b in zip(before, problem.persistent(), strict=True))
     counters[Counter.STEPS_SKIPPED] += reason != "blank"
@@ -111,13 +179,16 @@ def check_fused_is_separate(namespace, device: str, case: Case) -> None:
     """direction_step gives the bits of its three passes."""
     fused, separate = Problem(case, device), Problem(case, device)
     run(namespace, "direction_step", fused)
-    for operation in STEP[:3]:
+    for operation in PASSES:
         run(namespace, operation, separate)
-    assert all(
-        torch.equal(a, b) for a, b in zip(fused.persistent(), separate.persistent(), strict=True)
-    )
+    assert_same_bits(fused, separate)
+
+
+def assert_same_bits(one: Problem, other: Problem) -> None:
+    pairs = zip(one.persistent(), other.persistent(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     for name in ("projections", "counters", "direction"):
-        assert torch.equal(bits(fused[name]), bits(separate[name])), name
+        assert torch.equal(bits(one[name]), bits(other[name])), name
 
 
 def check_direction_accuracy(namespace, device: str, case: Case) -> None:
@@ -171,7 +242,7 @@ def check_swap_without_iterates(namespace, device: str) -> None:
 OUTCOMES = {
     "store": (lambda p: None, Counter.STORED),
     "store under a monitor": (lambda p: p.__setitem__("monitored_loss", loss(0.9)), Counter.STORED),
-    "skip": (lambda p: p["column"][:-1].neg_(), Counter.SKIPPED),
+    "skip": (lambda p: p["column"][:-2].neg_(), Counter.SKIPPED),
     "skip what overflowed": (lambda p: p["column"].fill_(torch.inf), Counter.SKIPPED),
     "reset": (lambda p: p.__setitem__("monitored_loss", loss(1.1)), Counter.RESETS),
     "reset at NaN": (lambda p: p.__setitem__("monitored_loss", loss(torch.nan)), Counter.RESETS),

@@ -8,9 +8,11 @@ from kernel_problems import BF16, F64, Case
 from kernel_properties import (
     ALL,
     CASES,
-    MIXED,
+    CHECKED,
+    EVERYTHING,
     OUTCOMES,
     STEP,
+    WHOLE,
     check_case,
     check_direction_accuracy,
     check_dropped,
@@ -23,9 +25,9 @@ from kernel_properties import (
     check_scaling,
     check_swap_without_iterates,
 )
-from problems import random_parameters
+from problems import plain_adaqn, random_parameters
 
-from adaqn_cuda import AdaQN, ops
+from adaqn_cuda import ops
 
 pytestmark = [
     pytest.mark.cuda,
@@ -33,9 +35,14 @@ pytestmark = [
 ]
 
 NATIVE = SimpleNamespace(**{name: getattr(torch.ops.adaqn, name).default for name in ops.SCHEMAS})
+FUSED = (
+    *("plain", "mixed", "bfloat16 rings", "full rings", "3 000 001", "momentum", "capped"),
+    *("everything", "everything, mixed", "everything in bfloat16 rings", "no history"),
+)
 LARGE = {
     "3 000 001": Case(numels=(3_000_001,)),
     "3 000 001 in bfloat16": Case(numels=(3_000_001,), pair_dtype=BF16, fisher_dtype=BF16),
+    "3 000 001, everything": Case(numels=(3_000_001,), **EVERYTHING),
     "20 000 000": Case(numels=(20_000_000,), history_size=2, pairs=2, oldest=1, fisher_size=2),
 }
 
@@ -47,43 +54,57 @@ def native():
     assert obstacle is None, obstacle
 
 
-@pytest.mark.parametrize("case", [*CASES, *LARGE])
-@pytest.mark.parametrize("operation", ALL)
+@pytest.mark.parametrize(
+    ("operation", "case"), [*CHECKED, *((operation, name) for name in LARGE for operation in ALL)]
+)
 def test_operation_agrees_with_the_reference(operation, case):
     check_case(NATIVE, operation, {**CASES, **LARGE}[case], "cuda")
 
 
+@pytest.mark.parametrize("case", ["mixed", "everything, mixed"])
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("operation", STEP)
-def test_gradient_scale(operation, maximize):
-    check_scaling(NATIVE, operation, "cuda", maximize)
+@pytest.mark.parametrize("operation", STEP[:-1])
+def test_gradient_scale(operation, maximize, case):
+    check_scaling(NATIVE, operation, "cuda", maximize, CASES[case])
 
 
+@pytest.mark.parametrize("case", ["no history", "no history, everything"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradient_scale_without_pairs(maximize, case):
+    check_scaling(NATIVE, "diagonal_step", "cuda", maximize, CASES[case])
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("operation", ["direction_pass3", "direction_step"])
-def test_rates_on_the_device(operation):
-    check_rate_tensors(NATIVE, operation, "cuda")
+def test_rates_on_the_device(operation, options):
+    check_rate_tensors(NATIVE, operation, "cuda", CASES["300 tensors"].but(**options))
 
 
-@pytest.mark.parametrize("case", [Case(), MIXED], ids=["plain", "mixed"])
-@pytest.mark.parametrize("fused", [True, False])
+def test_rates_on_the_device_without_pairs():
+    case = CASES["300 tensors"].without_pairs()
+    check_rate_tensors(NATIVE, "diagonal_step", "cuda", case)
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "everything", "everything, mixed"])
+@pytest.mark.parametrize("way", WHOLE)
 @pytest.mark.parametrize("reason", ["nan", "inf", "-inf", "found_inf", "blank"])
-def test_dropped_step_changes_nothing(reason, fused, case):
-    check_dropped(NATIVE, "cuda", reason, fused, case.but(missing=0))
+def test_dropped_step_changes_nothing(reason, way, case):
+    check_dropped(NATIVE, "cuda", reason, way, CASES[case].but(missing=0))
 
 
-@pytest.mark.parametrize("case", ["plain", "mixed", "bfloat16 rings", "full rings", "3 000 001"])
+@pytest.mark.parametrize("case", FUSED)
 def test_fused_step_is_its_passes(case):
     check_fused_is_separate(NATIVE, "cuda", {**CASES, **LARGE}[case])
 
 
 @pytest.mark.parametrize(
-    "case", ["plain", "unpadded rows", "bfloat16 rings", "full rings", "3 000 001"]
+    "case", ["plain", "unpadded rows", "bfloat16 rings", "full rings", "3 000 001", "everything"]
 )
 def test_direction_is_accurate(case):
     check_direction_accuracy(NATIVE, "cuda", {**CASES, **LARGE}[case])
 
 
-@pytest.mark.parametrize("case", ["plain", "3 000 tensors", "3 000 001"])
+@pytest.mark.parametrize("case", ["plain", "3 000 tensors", "3 000 001", "everything"])
 def test_same_bits_on_repetition(case):
     check_repeatable(NATIVE, "cuda", {**CASES, **LARGE}[case])
 
@@ -97,10 +118,10 @@ def test_swap_without_iterates():
     check_swap_without_iterates(NATIVE, "cuda")
 
 
-@pytest.mark.parametrize("case", [Case(), MIXED], ids=["plain", "mixed"])
+@pytest.mark.parametrize("case", ["plain", "mixed", "momentum", "everything, mixed"])
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_commit(outcome, case):
-    check_outcome(NATIVE, "cuda", outcome, case)
+    check_outcome(NATIVE, "cuda", outcome, CASES[case])
 
 
 def test_overflow_bars_the_pair():
@@ -113,7 +134,7 @@ def test_overflow_bars_the_pair():
 def make(device="cuda", shapes=((64, 33), (64,), (), (7, 5)), **options):
     params = [torch.nn.Parameter(p.detach().to(device)) for p in random_parameters(shapes)]
     options = {"lr": 0.01, "history_size": 4, "fisher_size": 6, "update_interval": 3, **options}
-    return params, AdaQN(params, **options)
+    return params, plain_adaqn(params, **options)
 
 
 def set_gradients(params, step, bad=False):
@@ -129,10 +150,21 @@ def set_gradients(params, step, bad=False):
             p.grad.fill_(torch.nan)
 
 
-def test_cpu_and_gpu_go_the_same_way():
+#: Optimizers beyond the paper's.
+OPTIONS = {
+    "plain": {},
+    "everything": dict(
+        momentum=0.9, bias_correction=True, max_grad_norm=2.0, max_direction=1.0, damping=0.2
+    ),
+    "no history": dict(history_size=0, momentum=0.9, bias_correction=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cpu_and_gpu_go_the_same_way(name):
     paths = []
     for device in ("cpu", "cuda"):
-        params, optimizer = make(device)
+        params, optimizer = make(device, **OPTIONS[name])
         for p in params:
             p.data = p.data.to(F64)
         for step in range(30):
@@ -167,10 +199,13 @@ def no_synchronisation():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("monitored", [False, True])
-def test_a_hundred_steps_never_wait(no_synchronisation, monitored):
+@pytest.mark.parametrize(
+    ("name", "monitored"),
+    [("plain", False), ("plain", True), ("everything", True), ("no history", False)],
+)
+def test_a_hundred_steps_never_wait(no_synchronisation, name, monitored):
     """Pair updates, resets and dropped steps among them."""
-    params, optimizer = make(max_increase=1.0)
+    params, optimizer = make(max_increase=1.0, **OPTIONS[name])
     losses = [torch.tensor(x, device="cuda") for x in (1.0, 3.0, 0.9, 5.0)]
     if monitored:
         calls = iter(range(1000))
@@ -188,7 +223,8 @@ def test_a_hundred_steps_never_wait(no_synchronisation, monitored):
         optimizer.step()
     torch.cuda.set_sync_debug_mode("default")
     stats = optimizer.stats()
-    assert stats["steps_skipped"] >= 5 and stats["stored"] > 0
+    assert stats["steps_skipped"] >= 5
+    assert (stats["stored"] > 0) == (name != "no history")
     assert (stats["resets"] > 0) == monitored
 
 
@@ -205,12 +241,13 @@ def capture(optimizer, interval):
     return graphs
 
 
-def test_captured_steps_replay_as_eager_ones():
+@pytest.mark.parametrize("name", OPTIONS)
+def test_captured_steps_replay_as_eager_ones(name):
     """lr changes between replays, and gradients come and go as not finite."""
     interval, results = 3, []
     for captured in (False, True):
         lr = torch.tensor(0.01, dtype=F64, device="cuda")
-        params, optimizer = make(lr=lr, update_interval=interval)
+        params, optimizer = make(lr=lr, update_interval=interval, **OPTIONS[name])
         for step in range(interval):  # both kinds of step run before their capture
             set_gradients(params, step)
             optimizer.step()
@@ -224,7 +261,7 @@ def test_captured_steps_replay_as_eager_ones():
             else:
                 optimizer.step()
         stats = optimizer.stats()
-        assert stats["stored"] > 1 and stats["steps_skipped"] == 1
+        assert (stats["stored"] > 1) == (name != "no history") and stats["steps_skipped"] == 1
         results.append([p.detach().clone() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -37,18 +37,21 @@ struct Ring {
 
 /// Pointers into device memory; an operation that does not use one leaves it null.
 struct State {
-  int64_t numel;  // d
-  int64_t fisher_size;
-  int32_t slots;      // history_size + 1
-  Type type;          // vectors: f32 or f64
-  Type pair_type;     // s_ring and y_ring: as `type`, or bf16
-  Type fisher_type;   // fisher: as `type`, or bf16
-  void* accumulator;  // null: the scalar initial matrix
-  void* iterate_sum;
+  int64_t numel;        // d
+  int64_t fisher_size;  // rows of `fisher`; 1 where there are none
+  int32_t slots;        // history_size + 1; 0 without pairs
+  Type type;            // vectors: f32 or f64
+  Type pair_type;       // s_ring and y_ring: as `type`, or bf16
+  Type fisher_type;     // fisher: as `type`, or bf16
+  void* accumulator;    // null: the scalar initial matrix
+  void* momentum;       // null: none
+  void* iterate_sum;    // null: iterates are not summed
   void* anchor;
   void* direction;
-  Ring s_ring, y_ring, fisher;
+  void* image;                  // null: pairs are not damped
+  Ring s_ring, y_ring, fisher;  // fisher.data null: gradients are not kept
   double* gram;
+  double* moments;
   double* losses;
   double* projections;
   double* images;
@@ -57,15 +60,19 @@ struct State {
   int64_t* counters;
 };
 
+/// From a gradient as given to the one to descend.
 struct Scaling {
   const float* grad_scale;  // device memory; null: 1
   const float* found_inf;   // device memory; null: 0
   bool maximize;
+  double max_grad_norm;  // what it is clipped to; infinite: it is not
 };
 
-/// v = keep v + add g^2;  D = 1 / sqrt(v + eps).
-struct Diagonal {
-  double keep, add, eps;
+/// Averages of gradients:  m = beta m + (1 - beta) g;  v = keep v + add g^2;
+/// D = 1 / sqrt(correction v + eps).
+struct Averages {
+  double beta, keep, add, eps;
+  bool correct_bias;
 };
 
 /// Per group; the device arrays, where not null, take precedence.
@@ -83,18 +90,29 @@ struct Queue {
 
 size_t workspace_bytes(const Parameters&, const State&);
 
-cudaError_t direction_step(const Parameters&, const State&, const Scaling&, const Diagonal&,
-                           const Rates&, const Queue&);
-cudaError_t direction_pass1(const Parameters&, const State&, const Scaling&, const Queue&);
-cudaError_t direction_pass2(const Parameters&, const State&, const Scaling&, const Diagonal&,
+/// `max_direction` is the largest |p| / |H0 q|; infinite without a cap.
+cudaError_t direction_step(const Parameters&, const State&, const Scaling&, const Averages&,
+                           double max_direction, const Rates&, const Queue&);
+cudaError_t direction_pass1(const Parameters&, const State&, const Scaling&, double beta,
                             const Queue&);
-cudaError_t direction_pass3(const Parameters&, const State&, const Rates&, const Queue&);
+
+/// `identity`: D = 1 without an accumulator, and `images` wait for direction_images.
+cudaError_t direction_pass2(const Parameters&, const State&, const Scaling&, const Averages&,
+                            bool identity, const Queue&);
+cudaError_t direction_images(const State&, const Queue&);
+cudaError_t direction_pass3(const Parameters&, const State&, double beta, double max_direction,
+                            const Rates&, const Queue&);
+
+/// A whole step without pairs: no slots, no sums of iterates, no direction.
+cudaError_t diagonal_step(const Parameters&, const State&, const Scaling&, const Averages&,
+                          const Rates&, const Queue&);
 
 /// `direction` takes the parameters set aside.
 cudaError_t iterate_swap(const Parameters&, const State&, const Queue&);
 cudaError_t iterate_restore(const Parameters&, const State&, const Queue&);
 
-cudaError_t curvature_pass_a(const State&, const Queue&);
+/// `explicit_y`: y is the one row of `fisher`.
+cudaError_t curvature_pass_a(const State&, bool explicit_y, double damping, const Queue&);
 cudaError_t curvature_pass_b(const State&, const Queue&);
 
 /// `monitored_loss`: one word in device memory, or null without a monitor.

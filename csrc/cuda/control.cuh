@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/acceptance.h"
+#include "../common/averages.h"
 #include "../common/recursion.h"
 #include "reduce.cuh"
 
@@ -45,29 +46,62 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
+/// Numbers by which a step multiplies whole vectors, beside the coefficients of ring rows.
+struct StepWeights {
+  LookAhead look_ahead;
+  double clip;        // of the gradient
+  double correction;  // of v
+  double cap;         // of p
+};
+
+/// What a pass over m and v takes from Averages and StepWeights, in the type of arithmetic.
+template <class T>
+struct AverageFactors {
+  T beta, rest;           // m = beta m + rest g
+  T of_old, of_gradient;  // q = of_old m + of_gradient g, with m as it was
+  T keep, add;            // v = keep v + add g^2
+  T correction, eps;      // D = 1 / sqrt(correction v + eps)
+  T scalar;               // D without an accumulator
+
+  __device__ AverageFactors(const Averages& averages, const StepWeights& weights, double scalar_)
+      : beta(T(averages.beta)),
+        rest(T(1 - averages.beta)),
+        of_old(T(weights.look_ahead.of_old)),
+        of_gradient(T(weights.look_ahead.of_gradient)),
+        keep(T(averages.keep)),
+        add(T(averages.add)),
+        correction(T(weights.correction)),
+        eps(T(averages.eps)),
+        scalar(T(scalar_)) {}
+};
+
 /// Shared memory of the step's kernels, with vectors of T.
 template <class T>
 struct StepMemory {
   int slots;
   int64_t* counters;
+  StepWeights* weights;
   double* projections;  // u by slot, then the flags
-  double* images;       // z by slot
+  double* images;       // z by slot, then |H0 q|^2
   double* totals;       // sums over all blocks, in the order of their partials
   double *a, *c;        // coefficients by slot
   T* factors;           // of the linear combination at hand, by slot
-  double* gram;         // the same memory as `sums`, and done with before those are used
+  AverageFactors<T>* average_factors;
+  double* gram;  // the same memory as `sums`, and done with before those are used
   T* sums;
   size_t bytes;
 
   __host__ __device__ StepMemory(unsigned char* base, int slots_) : slots(slots_) {
     Carver carver(base);
     counters = carver.take<int64_t>(counter::count);
+    weights = carver.take<StepWeights>(1);
     projections = carver.take<double>(slots + flag::count);
-    images = carver.take<double>(slots);
+    images = carver.take<double>(slots + 1);
     totals = carver.take<double>(slots + flag::count);
     a = carver.take<double>(slots);
     c = carver.take<double>(slots);
     factors = carver.take<T>(slots);
+    average_factors = carver.take<AverageFactors<T>>(1);
     Carver alternative = carver;
     gram = alternative.take<double>((slots + 1) * slots);
     sums = carver.take<T>((slots + flag::count) * kThreads<T>);
@@ -83,6 +117,38 @@ struct StepMemory {
 template <class U>
 __device__ __forceinline__ void copy_words(U* to, const U* from, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+
+template <class T>
+__device__ void load_control(const State& state, const StepMemory<T>& memory) {
+  copy_words(memory.counters, state.counters, counter::count);
+  __syncthreads();
+}
+
+template <class T>
+__device__ void load_projections(const State& state, const StepMemory<T>& memory) {
+  copy_words(memory.projections, state.projections, memory.slots + flag::count);
+  __syncthreads();
+}
+
+/// All weights but the cap, from counters and flags.  All threads of the block call it; the weights
+/// are there after its last line.  Powers take long: two warps share them, and few steps need them.
+template <class T>
+__device__ void weigh(const Averages& averages, double max_grad_norm, const StepMemory<T>& memory) {
+  StepWeights& weights = *memory.weights;
+  if (threadIdx.x == 0) {
+    weights.clip = clip_factor(memory.flags(), max_grad_norm);
+    if (averages.beta == 0) {
+      weights.look_ahead.beta = weights.look_ahead.of_old = 0;
+      weights.look_ahead.of_gradient = 1;
+    } else {
+      weights.look_ahead = LookAhead(memory.counters, averages.beta);
+    }
+  }
+  if (threadIdx.x == 32) {
+    weights.correction = bias_correction(memory.counters, averages.keep, averages.correct_bias);
+  }
+  __syncthreads();
 }
 
 /// Brings gram into shared memory and lets one thread call solve(gram, ring).  All threads of the
@@ -110,6 +176,19 @@ __device__ void solve_forward(const State& state, const StepMemory<T>& memory) {
   with_gram(state, memory, [&](const double* gram, const PairRing& ring) {
     forward_coefficients(gram, ring, memory.a, memory.images, memory.c);
   });
+}
+
+/// The last act of a step: s_i.m and the counters move on.  All threads of one block call it.
+template <class T>
+__device__ void finish_step(const State& state, const StepMemory<T>& memory) {
+  const bool accepted = memory.accepted();
+  for (int i = threadIdx.x; accepted && i < memory.slots; i += blockDim.x) {
+    const LookAhead& look_ahead = memory.weights->look_ahead;
+    state.moments[i] = look_ahead.next_moment(state.moments[i], memory.projections[i]);
+  }
+  if (threadIdx.x == 0) {
+    count_step(state.counters, memory.flags(), accepted, state.fisher_size);
+  }
 }
 
 }  // namespace adaqn::cuda

@@ -21,6 +21,12 @@ namespace adaqn::cuda {
 /// Blocks that share a multiprocessor; kernels keep their registers below what that allows.
 constexpr int kBlocksPerMultiprocessor = 2;
 
+/// A kernel that passes over vectors of T.
+#define ADAQN_PASS_KERNEL __global__ void __launch_bounds__(kThreads<T>, kBlocksPerMultiprocessor)
+
+/// Up to this many elements a step is one cooperative launch; above, several weigh nothing.
+constexpr int64_t kFusedElements = int64_t(1) << 24;
+
 // ------------------------------------------------------------------ types
 
 /// T: vectors and arithmetic; H: rows of a ring.
@@ -113,6 +119,16 @@ cudaError_t runs_at_once(bool* result, Kernel* kernel, const Shape& shape) {
   return cudaSuccess;
 }
 
+/// Launches a kernel with grid barriers, if all its blocks can run at the same time.
+template <class Kernel, class... Arguments>
+cudaError_t launch_at_once(bool* done, Kernel* kernel, Shape shape, cudaStream_t stream,
+                           const Arguments&... arguments) {
+  ADAQN_CUDA_TRY(runs_at_once(done, kernel, shape));
+  if (!*done) return cudaSuccess;
+  shape.cooperative = true;
+  return launch(kernel, shape, stream, arguments...);
+}
+
 /// Blocks for [first, end): enough that each thread has a pack, but no more than `limit`.
 template <int W, int Threads>
 int blocks_for(int64_t first, int64_t end, int limit) {
@@ -129,7 +145,7 @@ inline bool is_aligned(const Ring& ring, Type type) {
 
 /// Whether every flat array of the state begins at a 16-byte boundary, rows included.
 inline bool is_aligned(const State& s) {
-  for (const void* p : {s.accumulator, s.iterate_sum, s.anchor, s.direction}) {
+  for (const void* p : {s.accumulator, s.momentum, s.iterate_sum, s.anchor, s.direction, s.image}) {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
   }
   return is_aligned(s.s_ring, s.pair_type) && is_aligned(s.y_ring, s.pair_type) &&
@@ -228,6 +244,23 @@ cudaError_t for_each_launch(const Parameters& list, const State& state, size_t s
     partials.first += blocks;
     return cudaSuccess;
   });
+}
+
+/// Whether a step over these parameters is worth one launch, and one table holds them all.
+inline bool is_fusible(const Parameters& list, const State& state) {
+  const bool one_table = next_range(list, {}).next_tensor == list.count;
+  return one_table && state.numel > 0 && state.numel <= kFusedElements;
+}
+
+/// The grid of a pass over the whole flat vector, and its partial sums.
+template <class T, int W>
+cudaError_t flat_launch(const State& state, const Queue& queue, Shape* shape, Partials* partials) {
+  int limit = 0;
+  ADAQN_CUDA_TRY(max_blocks(&limit));
+  const int blocks = blocks_for<W, kThreads<T>>(0, state.numel, limit);
+  *shape = {dim3(unsigned(blocks)), kThreads<T>, 0};
+  *partials = {queue.workspace, blocks, 0};
+  return cudaSuccess;
 }
 
 /// Calls enqueue(T{}, table, shape) for every table: kernels that reduce nothing.

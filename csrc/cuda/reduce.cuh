@@ -13,7 +13,10 @@ struct Partials {
   int64_t columns;
   int64_t first;  // column of this launch's first block
 
-  __device__ __forceinline__ const double* row(int i) const { return data + i * columns; }
+  /// The same columns from row i on.
+  __host__ __device__ __forceinline__ Partials from(int64_t i) const {
+    return {data + i * columns, columns, first};
+  }
 };
 
 /// The sum over the lanes of a warp, the same bits in every lane.
@@ -23,20 +26,17 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-/// Adds up `memory`, where Sums put them, over the threads of the block; row i goes to row
-/// first_row + i of `partials`.  All threads of the block call it.
+/// Adds up `memory`, where Sums put them, over the threads of the block, into rows 0..count-1 of
+/// `partials`.  All threads of the block call it.
 template <class T>
-__device__ void store_partials(const T* memory, int count, int first_row,
-                               const Partials& partials) {
+__device__ void store_partials(const T* memory, int count, const Partials& partials) {
   __syncthreads();
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += kThreads<T> / 32) {
     double sum = 0;
     for (int t = lane; t < kThreads<T>; t += 32) sum += memory[i * kThreads<T> + t];
     sum = warp_sum(sum);
-    if (lane == 0) {
-      partials.data[(first_row + i) * partials.columns + partials.first + blockIdx.x] = sum;
-    }
+    if (lane == 0) partials.data[i * partials.columns + partials.first + blockIdx.x] = sum;
   }
 }
 
@@ -47,7 +47,7 @@ __device__ void sum_partials(const Partials& partials, int count, double* out) {
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += kThreads<T> / 32) {
     double sum = 0;
-    for (int64_t k = lane; k < partials.columns; k += 32) sum += partials.row(i)[k];
+    for (int64_t k = lane; k < partials.columns; k += 32) sum += partials.from(i).data[k];
     sum = warp_sum(sum);
     if (lane == 0) out[i] = sum;
   }

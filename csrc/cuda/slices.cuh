@@ -47,4 +47,11 @@ __device__ __forceinline__ void visit_slice(int64_t first, int64_t end, bool ali
   }
 }
 
+/// Calls visit(pack) for packs that make up this block's slice of [0, numel).
+template <class T, int W, class Visitor>
+__device__ __forceinline__ void visit_flat(int64_t numel, bool aligned, Order order,
+                                           Visitor visit) {
+  visit_slice<W, kThreads<T>>(0, numel, aligned, order, [](int64_t, int) { return true; }, visit);
+}
+
 }  // namespace adaqn::cuda

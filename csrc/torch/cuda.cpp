@@ -108,7 +108,7 @@ class StateBuilder {
   /// Rows of contiguous elements, any stride apart.
   cuda::Ring ring(const Tensor& tensor, const Name& name, int64_t rows) const {
     place_.check(tensor, name);
-    check_rows(tensor, name, 1);
+    check_rows(tensor, name, 0);
     if (tensor.size(0) != rows || tensor.size(1) != state_.numel) {
       fail(name, "expected shape ", shape_text(std::initializer_list<int64_t>{rows, state_.numel}),
            ", got ", shape_text(tensor.sizes()));
@@ -118,9 +118,10 @@ class StateBuilder {
     return {tensor.mutable_data_ptr(), tensor.stride(0)};
   }
 
+  /// One more than `history_size`, or none at all.
   StateBuilder& slots(int64_t slots) {
-    if (slots < 2 || slots - 1 > cuda::kMaxHistory) {
-      fail({"history_size"}, "expected 1..", cuda::kMaxHistory, " on a CUDA device, got ",
+    if (slots < 0 || slots - 1 > cuda::kMaxHistory) {
+      fail({"history_size"}, "expected 0..", cuda::kMaxHistory, " on a CUDA device, got ",
            slots - 1, "; pass fused=False for more");
     }
     state_.slots = static_cast<int32_t>(slots);
@@ -128,24 +129,24 @@ class StateBuilder {
   }
 
   StateBuilder& s_ring(const Tensor& tensor) {
-    slots(check_rows(tensor, {"s_ring"}, 2));
-    state_.s_ring = ring(tensor, {"s_ring"}, state_.slots);
+    state_.s_ring = pair_ring(tensor, {"s_ring"});
     state_.pair_type = type_of(tensor, {"s_ring"});
     return *this;
   }
 
   StateBuilder& y_ring(const Tensor& tensor) {
-    slots(check_rows(tensor, {"y_ring"}, 2));
-    state_.y_ring = ring(tensor, {"y_ring"}, state_.slots);
+    state_.y_ring = pair_ring(tensor, {"y_ring"});
     const Type type = type_of(tensor, {"y_ring"});
     if (state_.s_ring.data && type != state_.pair_type) fail({"y_ring"}, "expected s_ring's dtype");
     state_.pair_type = type;
     return *this;
   }
 
-  StateBuilder& fisher(const Tensor& tensor) {
-    state_.fisher_size = check_rows(tensor, {"fisher"}, 1);
-    state_.fisher = ring(tensor, {"fisher"}, state_.fisher_size);
+  StateBuilder& fisher(const Tensor& tensor, int64_t least_rows = 0) {
+    const int64_t rows = check_rows(tensor, {"fisher"}, least_rows);
+    state_.fisher = ring(tensor, {"fisher"}, rows);
+    if (rows == 0) state_.fisher.data = nullptr;
+    state_.fisher_size = std::max<int64_t>(rows, 1);
     state_.fisher_type = type_of(tensor, {"fisher"});
     return *this;
   }
@@ -167,13 +168,23 @@ class StateBuilder {
     return *this;
   }
 
+  StateBuilder& moments(const Tensor& tensor) {
+    state_.moments = doubles(tensor, {"moments"}, {state_.slots});
+    return *this;
+  }
+
   StateBuilder& images(const Tensor& tensor) {
-    state_.images = doubles(tensor, {"images"}, {state_.slots});
+    state_.images = doubles(tensor, {"images"}, {state_.slots + 1});
+    return *this;
+  }
+
+  StateBuilder& weights(const Tensor& tensor) {
+    state_.weights = doubles(tensor, {"weights"}, {state_.fisher_size + 1});
     return *this;
   }
 
   StateBuilder& column(const Tensor& tensor) {
-    state_.column = doubles(tensor, {"column"}, {state_.slots + 1});
+    state_.column = doubles(tensor, {"column"}, {state_.slots + 2});
     return *this;
   }
 
@@ -182,8 +193,8 @@ class StateBuilder {
     return *this;
   }
 
-  StateBuilder& iterate_sum(const Tensor& tensor) {
-    state_.iterate_sum = vector(tensor, {"iterate_sum"});
+  StateBuilder& iterate_sum(const OptionalTensor& tensor) {
+    if (tensor) state_.iterate_sum = vector(*tensor, {"iterate_sum"});
     return *this;
   }
 
@@ -197,9 +208,27 @@ class StateBuilder {
     return *this;
   }
 
+  StateBuilder& momentum(const OptionalTensor& tensor) {
+    if (tensor) state_.momentum = vector(*tensor, {"momentum"});
+    return *this;
+  }
+
+  StateBuilder& image(const OptionalTensor& tensor) {
+    if (tensor) state_.image = vector(*tensor, {"image"});
+    return *this;
+  }
+
   State& operator*() { return state_; }
 
  private:
+  /// Rows of s or y: none, or one for each pair and a free one.
+  cuda::Ring pair_ring(const Tensor& tensor, const Name& name) {
+    const int64_t rows = check_rows(tensor, name, 0);
+    if (rows == 1) fail(name, "expected no rows or at least 2, got 1");
+    slots(rows);
+    return ring(tensor, name, rows);
+  }
+
   const Place& place_;
   State state_{};
 };
@@ -295,10 +324,11 @@ class List {
 };
 
 cuda::Scaling scaling_of(const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                         bool maximize, const Place& place) {
+                         bool maximize, double max_grad_norm, const Place& place) {
   const void* scale = number_of(grad_scale, {"grad_scale"}, place, ScalarType::Float);
   const void* found = number_of(found_inf, {"found_inf"}, place, ScalarType::Float);
-  return {static_cast<const float*>(scale), static_cast<const float*>(found), maximize};
+  return {static_cast<const float*>(scale), static_cast<const float*>(found), maximize,
+          max_grad_norm};
 }
 
 const double* rate_tensor_of(const OptionalTensor& tensor, const std::vector<double>& values,
@@ -324,12 +354,14 @@ cuda::Rates rates_of(const std::vector<int64_t>& group_sizes, const std::vector<
 
 void direction_step(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
                     const Tensor& y_ring, const Tensor& gram, const OptionalTensor& grad_scale,
-                    const OptionalTensor& found_inf, bool maximize, double keep, double add,
-                    double eps, const std::vector<int64_t>& group_sizes,
+                    const OptionalTensor& found_inf, bool maximize, double max_grad_norm,
+                    double beta, double keep, double add, double eps, bool correct_bias,
+                    double max_direction, const std::vector<int64_t>& group_sizes,
                     const std::vector<double>& lr, const std::vector<double>& weight_decay,
                     const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
-                    const OptionalTensor& accumulator, const Tensor& fisher,
-                    const Tensor& iterate_sum, const Tensor& direction, const Tensor& projections,
+                    const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                    const Tensor& fisher, const OptionalTensor& iterate_sum,
+                    const Tensor& direction, const Tensor& moments, const Tensor& projections,
                     const Tensor& images, const Tensor& counters) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
@@ -338,35 +370,39 @@ void direction_step(const Tensors& params, const OptionalTensors& grads, const T
   StateBuilder builder = state_like(direction, {"direction"}, place);
   builder.s_ring(s_ring).y_ring(y_ring).gram(gram).fisher(fisher).counters(counters);
   builder.projections(projections).images(images).direction(direction, {"direction"});
-  builder.iterate_sum(iterate_sum).accumulator(accumulator);
+  builder.iterate_sum(iterate_sum).accumulator(accumulator).momentum(momentum).moments(moments);
   const State state = *builder;
-  const auto scaling = scaling_of(grad_scale, found_inf, maximize, place);
+  const auto scaling = scaling_of(grad_scale, found_inf, maximize, max_grad_norm, place);
   const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
   device.run("direction_step", list.parameters(), state, counters, [&](const Queue& queue) {
-    return cuda::direction_step(list.parameters(), state, scaling, {keep, add, eps}, rates, queue);
+    return cuda::direction_step(list.parameters(), state, scaling,
+                                {beta, keep, add, eps, correct_bias}, max_direction, rates, queue);
   });
   list.write_back();
 }
 
 void direction_pass1(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
                      const Tensor& counters, const OptionalTensor& grad_scale,
-                     const OptionalTensor& found_inf, bool maximize, const Tensor& projections) {
+                     const OptionalTensor& found_inf, bool maximize, double max_grad_norm,
+                     double beta, const Tensor& moments, const Tensor& projections) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
   const List list(params, &grads, nullptr, place);
   StateBuilder builder(place, list.state_type(), list.numel());
-  builder.s_ring(s_ring).counters(counters).projections(projections);
+  builder.s_ring(s_ring).counters(counters).moments(moments).projections(projections);
   const State state = *builder;
-  const auto scaling = scaling_of(grad_scale, found_inf, maximize, place);
+  const auto scaling = scaling_of(grad_scale, found_inf, maximize, max_grad_norm, place);
   device.run("direction_pass1", list.parameters(), state, counters, [&](const Queue& queue) {
-    return cuda::direction_pass1(list.parameters(), state, scaling, queue);
+    return cuda::direction_pass1(list.parameters(), state, scaling, beta, queue);
   });
 }
 
 void direction_pass2(const Tensors& params, const OptionalTensors& grads, const Tensor& y_ring,
                      const Tensor& gram, const Tensor& counters, const Tensor& projections,
-                     const OptionalTensor& grad_scale, bool maximize, double keep, double add,
-                     double eps, const OptionalTensor& accumulator, const Tensor& fisher,
+                     const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
+                     double beta, double keep, double add, double eps, bool correct_bias,
+                     bool identity, const OptionalTensor& momentum,
+                     const OptionalTensor& accumulator, const Tensor& fisher,
                      const Tensor& direction, const Tensor& images) {
   const OnDevice device(y_ring);
   const Place place(y_ring);
@@ -375,19 +411,34 @@ void direction_pass2(const Tensors& params, const OptionalTensors& grads, const 
   StateBuilder builder = state_like(direction, {"direction"}, place);
   builder.y_ring(y_ring).gram(gram).fisher(fisher).counters(counters).projections(projections);
   builder.images(images).direction(direction, {"direction"}).accumulator(accumulator);
+  builder.momentum(momentum);
   const State state = *builder;
-  const auto scaling = scaling_of(grad_scale, std::nullopt, maximize, place);
+  const auto scaling = scaling_of(grad_scale, std::nullopt, maximize, max_grad_norm, place);
   device.run("direction_pass2", list.parameters(), state, counters, [&](const Queue& queue) {
-    return cuda::direction_pass2(list.parameters(), state, scaling, {keep, add, eps}, queue);
+    return cuda::direction_pass2(list.parameters(), state, scaling,
+                                 {beta, keep, add, eps, correct_bias}, identity, queue);
   });
+}
+
+void direction_images(const Tensor& direction, const Tensor& y_ring, const Tensor& counters,
+                      const Tensor& projections, const Tensor& images) {
+  const OnDevice device(y_ring);
+  const Place place(y_ring);
+  StateBuilder builder = state_like(direction, {"direction"}, place);
+  builder.y_ring(y_ring).counters(counters).projections(projections).images(images);
+  builder.direction(direction, {"direction"});
+  const State state = *builder;
+  device.run("direction_images", {}, state, counters,
+             [&](const Queue& queue) { return cuda::direction_images(state, queue); });
 }
 
 void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& gram,
                      const Tensor& projections, const Tensor& images, const Tensor& direction,
-                     const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
-                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
-                     const OptionalTensor& weight_decay_tensor, int64_t fisher_size,
-                     const Tensor& iterate_sum, const Tensor& counters) {
+                     double beta, double max_direction, const std::vector<int64_t>& group_sizes,
+                     const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                     const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                     int64_t fisher_size, const OptionalTensor& iterate_sum, const Tensor& moments,
+                     const Tensor& counters) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
   List list(params, nullptr, &group_sizes, place);
@@ -395,12 +446,35 @@ void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& 
   if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
   StateBuilder builder = state_like(direction, {"direction"}, place);
   builder.s_ring(s_ring).gram(gram).counters(counters).projections(projections).images(images);
-  builder.direction(direction, {"direction"}).iterate_sum(iterate_sum);
+  builder.direction(direction, {"direction"}).iterate_sum(iterate_sum).moments(moments);
   (*builder).fisher_size = fisher_size;
   const State state = *builder;
   const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
   device.run("direction_pass3", list.parameters(), state, counters, [&](const Queue& queue) {
-    return cuda::direction_pass3(list.parameters(), state, rates, queue);
+    return cuda::direction_pass3(list.parameters(), state, beta, max_direction, rates, queue);
+  });
+  list.write_back();
+}
+
+void diagonal_step(const Tensors& params, const OptionalTensors& grads,
+                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool maximize,
+                   double max_grad_norm, double beta, double keep, double add, double eps,
+                   bool correct_bias, const std::vector<int64_t>& group_sizes,
+                   const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                   const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                   const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                   const Tensor& projections, const Tensor& counters) {
+  const OnDevice device(counters);
+  const Place place(counters);
+  List list(params, &grads, &group_sizes, place);
+  StateBuilder builder(place, list.state_type(), list.numel());
+  builder.projections(projections).counters(counters).accumulator(accumulator).momentum(momentum);
+  const State state = *builder;
+  const auto scaling = scaling_of(grad_scale, found_inf, maximize, max_grad_norm, place);
+  const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  device.run("diagonal_step", list.parameters(), state, counters, [&](const Queue& queue) {
+    return cuda::diagonal_step(list.parameters(), state, scaling,
+                               {beta, keep, add, eps, correct_bias}, rates, queue);
   });
   list.write_back();
 }
@@ -440,42 +514,47 @@ void iterate_restore(const Tensors& params, const Tensor& saved) {
 // ---------------------------------------------------------------- the pair update
 
 void curvature_pass_a(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
-                      const Tensor& counters, const Tensor& weights) {
+                      const Tensor& counters, bool explicit_y, double damping,
+                      const OptionalTensor& image, const Tensor& weights) {
   const OnDevice device(fisher);
   const Place place(fisher);
   StateBuilder builder = state_like(anchor, {"anchor"}, place);
-  builder.fisher(fisher).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
-  State& state = *builder;
-  state.weights = builder.doubles(weights, {"weights"}, {state.fisher_size});
-  device.run("curvature_pass_a", {}, state, counters,
-             [&](const Queue& queue) { return cuda::curvature_pass_a(state, queue); });
+  builder.fisher(fisher, 1).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
+  builder.image(image).weights(weights);
+  const State state = *builder;
+  device.run("curvature_pass_a", {}, state, counters, [&](const Queue& queue) {
+    return cuda::curvature_pass_a(state, explicit_y, damping, queue);
+  });
 }
 
 void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
-                      const Tensor& counters, const Tensor& weights, const Tensor& s_ring,
-                      const Tensor& y_ring, const Tensor& column) {
+                      const Tensor& counters, const Tensor& weights, const OptionalTensor& image,
+                      const OptionalTensor& momentum, const Tensor& s_ring, const Tensor& y_ring,
+                      const Tensor& column) {
   const OnDevice device(fisher);
   const Place place(fisher);
   StateBuilder builder = state_like(anchor, {"anchor"}, place);
-  builder.fisher(fisher).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
-  builder.s_ring(s_ring).y_ring(y_ring).column(column);
-  State& state = *builder;
-  state.weights = builder.doubles(weights, {"weights"}, {state.fisher_size});
+  builder.fisher(fisher, 1).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
+  builder.s_ring(s_ring).y_ring(y_ring).column(column).weights(weights).image(image);
+  builder.momentum(momentum);
+  const State state = *builder;
+  if (state.slots == 0) fail({"s_ring"}, "expected at least 2 rows, got 0");
   device.run("curvature_pass_b", {}, state, counters,
              [&](const Queue& queue) { return cuda::curvature_pass_b(state, queue); });
 }
 
 void curvature_commit(const Tensors& params, const Tensor& column,
                       const OptionalTensor& monitored_loss, double min_curvature,
-                      double max_increase, const Tensor& gram, const Tensor& losses,
-                      const Tensor& anchor, const Tensor& iterate_sum, const Tensor& counters) {
+                      double max_increase, const Tensor& gram, const Tensor& moments,
+                      const Tensor& losses, const Tensor& anchor, const Tensor& iterate_sum,
+                      const OptionalTensor& momentum, const Tensor& counters) {
   const OnDevice device(anchor);
   const Place place(anchor);
   List list(params, nullptr, nullptr, place);
   list.check_size(anchor.numel());
   StateBuilder builder = state_like(anchor, {"anchor"}, place);
   builder.slots(check_rows(gram, {"gram"}, 3) - 1).gram(gram).column(column).counters(counters);
-  builder.iterate_sum(iterate_sum).anchor(anchor);
+  builder.moments(moments).iterate_sum(iterate_sum).anchor(anchor).momentum(momentum);
   State& state = *builder;
   state.losses = builder.doubles(losses, {"losses"}, {loss::count});
   const void* monitored = number_of(monitored_loss, {"monitored_loss"}, place, ScalarType::Double);
@@ -493,7 +572,9 @@ STABLE_TORCH_LIBRARY_IMPL(adaqn, CUDA, m) {
   m.impl("direction_step", TORCH_BOX(&adaqn::direction_step));
   m.impl("direction_pass1", TORCH_BOX(&adaqn::direction_pass1));
   m.impl("direction_pass2", TORCH_BOX(&adaqn::direction_pass2));
+  m.impl("direction_images", TORCH_BOX(&adaqn::direction_images));
   m.impl("direction_pass3", TORCH_BOX(&adaqn::direction_pass3));
+  m.impl("diagonal_step", TORCH_BOX(&adaqn::diagonal_step));
   m.impl("iterate_swap", TORCH_BOX(&adaqn::iterate_swap));
   m.impl("iterate_restore", TORCH_BOX(&adaqn::iterate_restore));
   m.impl("curvature_pass_a", TORCH_BOX(&adaqn::curvature_pass_a));

@@ -55,13 +55,16 @@ State state_of(const py::dict& d) {
   s.pair_type = Type(integer("pair_type"));
   s.fisher_type = Type(integer("fisher_type"));
   s.accumulator = vector("accumulator");
+  s.momentum = vector("momentum");
   s.iterate_sum = vector("iterate_sum");
   s.anchor = vector("anchor");
   s.direction = vector("direction");
+  s.image = vector("image");
   s.s_ring = ring("s_ring");
   s.y_ring = ring("y_ring");
   s.fisher = ring("fisher");
   s.gram = words("gram");
+  s.moments = words("moments");
   s.losses = words("losses");
   s.projections = words("projections");
   s.images = words("images");
@@ -90,8 +93,25 @@ class Workspace {
   std::vector<double> words_;
 };
 
-Scaling scaling_of(uintptr_t grad_scale, uintptr_t found_inf, bool maximize) {
-  return {pointer<float>(grad_scale), pointer<float>(found_inf), maximize};
+using Rows = std::vector<Row>;
+using Values = std::vector<double>;
+using ScalingRow = std::tuple<uintptr_t, uintptr_t, bool, double>;
+using AveragesRow = std::tuple<double, double, double, double, bool>;
+using RatesRow = std::tuple<Values, Values, uintptr_t, uintptr_t>;
+
+Scaling scaling_of(const ScalingRow& row) {
+  const auto& [grad_scale, found_inf, maximize, max_grad_norm] = row;
+  return {pointer<float>(grad_scale), pointer<float>(found_inf), maximize, max_grad_norm};
+}
+
+Averages averages_of(const AveragesRow& row) {
+  const auto& [beta, keep, add, eps, correct_bias] = row;
+  return {beta, keep, add, eps, correct_bias};
+}
+
+Rates rates_of(const RatesRow& row) {
+  const auto& [lr, decay, lr_tensor, decay_tensor] = row;
+  return {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)};
 }
 
 /// Runs operation(list, state, queue).
@@ -103,9 +123,6 @@ void run(const std::vector<Row>& rows, const py::dict& d, Operation operation) {
   workspace.check(operation(list, state, workspace.queue()));
 }
 
-using Rows = std::vector<Row>;
-using Values = std::vector<double>;
-
 }  // namespace
 
 PYBIND11_MODULE(adaqn_cuda_emulated, m) {
@@ -115,45 +132,51 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
     emulation::reverse_order = reverse_order;
   });
   m.def("launches", [] { return emulation::launches; });
-  m.def("direction_step", [](const Rows& rows, const py::dict& state, uintptr_t scale,
-                             uintptr_t found_inf, bool maximize, double keep, double add,
-                             double eps, const Values& lr, const Values& decay, uintptr_t lr_tensor,
-                             uintptr_t decay_tensor) {
+  m.def("direction_step",
+        [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
+           const AveragesRow& averages, double max_direction, const RatesRow& rates) {
+          run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+            return direction_step(list, s, scaling_of(scaling), averages_of(averages),
+                                  max_direction, rates_of(rates), queue);
+          });
+        });
+  m.def("direction_pass1",
+        [](const Rows& rows, const py::dict& state, const ScalingRow& scaling, double beta) {
+          run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
+            return direction_pass1(list, s, scaling_of(scaling), beta, queue);
+          });
+        });
+  m.def("direction_pass2", [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
+                              const AveragesRow& averages, bool identity) {
     run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return direction_step(
-          list, s, scaling_of(scale, found_inf, maximize), {keep, add, eps},
-          {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)},
-          queue);
+      return direction_pass2(list, s, scaling_of(scaling), averages_of(averages), identity, queue);
     });
   });
-  m.def("direction_pass1", [](const Rows& rows, const py::dict& state, uintptr_t scale,
-                              uintptr_t found_inf, bool maximize) {
-    run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return direction_pass1(list, s, scaling_of(scale, found_inf, maximize), queue);
+  m.def("direction_images", [](const py::dict& state) {
+    run({}, state, [](const Parameters&, const State& s, const Queue& queue) {
+      return direction_images(s, queue);
     });
   });
-  m.def("direction_pass2", [](const Rows& rows, const py::dict& state, uintptr_t scale,
-                              bool maximize, double keep, double add, double eps) {
+  m.def("direction_pass3", [](const Rows& rows, const py::dict& state, double beta,
+                              double max_direction, const RatesRow& rates) {
     run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return direction_pass2(list, s, scaling_of(scale, 0, maximize), {keep, add, eps}, queue);
+      return direction_pass3(list, s, beta, max_direction, rates_of(rates), queue);
     });
   });
-  m.def("direction_pass3", [](const Rows& rows, const py::dict& state, const Values& lr,
-                              const Values& decay, uintptr_t lr_tensor, uintptr_t decay_tensor) {
+  m.def("diagonal_step", [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
+                            const AveragesRow& averages, const RatesRow& rates) {
     run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return direction_pass3(
-          list, s,
-          {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)},
-          queue);
+      return diagonal_step(list, s, scaling_of(scaling), averages_of(averages), rates_of(rates),
+                           queue);
     });
   });
   m.def("iterate_swap",
         [](const Rows& rows, const py::dict& state) { run(rows, state, iterate_swap); });
   m.def("iterate_restore",
         [](const Rows& rows, const py::dict& state) { run(rows, state, iterate_restore); });
-  m.def("curvature_pass_a", [](const py::dict& state) {
-    run({}, state, [](const Parameters&, const State& s, const Queue& queue) {
-      return curvature_pass_a(s, queue);
+  m.def("curvature_pass_a", [](const py::dict& state, bool explicit_y, double damping) {
+    run({}, state, [&](const Parameters&, const State& s, const Queue& queue) {
+      return curvature_pass_a(s, explicit_y, damping, queue);
     });
   });
   m.def("curvature_pass_b", [](const py::dict& state) {

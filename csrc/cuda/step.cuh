@@ -1,0 +1,81 @@
+// What the steps with and without pairs share: pass 1, and what every step ends with.
+#pragma once
+
+#include "averages.cuh"
+#include "control.cuh"
+#include "launch.cuh"
+#include "segments.cuh"
+
+namespace adaqn::cuda {
+
+/// Partial sums: a row per flag, then s_i.g per stored pair.
+template <class T, class H, int Capacity>
+__device__ void pass1(const Segments<Capacity>& table, const State& state, const Scaling& scaling,
+                      const StepMemory<T>& memory, const Partials& partials) {
+  const Rows<H> s = stored_rows<H>(state.s_ring, memory.ring());
+  const T scale = T(scale_of(scaling));
+  Cursor<Capacity> cursor(table);
+  Sums<T> sums(memory.sums, flag::count + s.count);
+  unsigned nonfinite = 0, nonzero = 0;
+  T square = 0;
+  visit_segments<T, H>(cursor, Order::forward, [&](const auto& at) {
+    constexpr int W = kPackWidth<decltype(at)>;
+    T g[W];
+    load_gradient(cursor, at, scale, g);
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      nonfinite += !is_finite(g[j]);
+      nonzero += g[j] != 0;
+      square += g[j] * g[j];
+    }
+    add_products<Cache::keep>(s, at, g, sums, flag::count);
+  });
+  sums[flag::nonfinite] = T(nonfinite);
+  sums[flag::nonzero] = T(nonzero);
+  sums[flag::square] = square;
+  store_partials(memory.sums, flag::count + s.count, partials);
+}
+
+/// Flags, weights and u_i = s_i.q, from the partial sums of pass 1 and s_i.m.
+template <class T>
+__device__ void collect_projections(const State& state, const Scaling& scaling,
+                                    const Averages& averages, const StepMemory<T>& memory,
+                                    const Partials& partials) {
+  const PairRing ring = memory.ring();
+  sum_partials<T>(partials, flag::count + ring.pairs, memory.totals);
+  if (threadIdx.x == 0) {
+    double* flags = memory.projections + memory.slots;
+    for (int i = 0; i < flag::count; ++i) flags[i] = memory.totals[i];
+    if (scaling.found_inf) flags[flag::nonfinite] += *scaling.found_inf;
+  }
+  weigh(averages, scaling.max_grad_norm, memory);
+  const StepWeights& weights = *memory.weights;
+  for (int age = threadIdx.x; age < memory.slots; age += blockDim.x) {
+    const double s_g = age < ring.pairs ? weights.clip * memory.totals[flag::count + age] : 0.0;
+    const int slot = ring.slot(age);
+    memory.projections[slot] = weights.look_ahead.projection(state.moments[slot], s_g);
+  }
+  __syncthreads();
+}
+
+template <class T>
+size_t step_shared_bytes(const State& state) {
+  return StepMemory<T>(nullptr, state.slots).bytes;
+}
+
+template <class T>
+Shape one_block(const State& state) {
+  return {dim3(1), kThreads<T>, step_shared_bytes<T>(state)};
+}
+
+/// Calls enqueue(table, range, shape) for every table, with blocks for rows of H.
+template <class T, class H, class Enqueue>
+cudaError_t for_each_step_launch(const Parameters& list, const State& state, Partials& partials,
+                                 Enqueue enqueue) {
+  return for_each_launch<T, kWidth<H>>(list, state, step_shared_bytes<T>(state), partials, enqueue);
+}
+
+/// Enqueues finish_step.
+cudaError_t enqueue_finish(const State& state, double beta, const Queue& queue);
+
+}  // namespace adaqn::cuda
