@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ F64 = torch.float64
 class State:
     """Parameters, gradients and the buffers of the arena, with ``pairs`` pairs from ``oldest`` on.
 
-    The pairs are of a diagonal matrix, so that their products are positive.
+    The pairs are of a diagonal matrix, so that their products are positive.  With a history of
+    zero, there are neither pairs nor gradients.  There is a diagonal unless ``scalar``, momentum if
+    ``averaged``, and the candidate's image under the initial matrix if ``damped``.
     """
 
     shapes: list[tuple[int, ...]]
@@ -27,6 +30,8 @@ class State:
     oldest: int = 0
     gradients: int = 2
     scalar: bool = False
+    averaged: bool = False
+    damped: bool = False
     history_dtype: torch.dtype | None = None
     fisher_dtype: torch.dtype | None = None
     seed: int = 0
@@ -46,15 +51,24 @@ class State:
         self.gram = torch.zeros(slots + 1, slots, dtype=F64)
         self.gram[:slots] = self.s_ring.double() @ self.y_ring.double().T
         self.gram[slots] = self.y_ring.double().square().sum(1)
-        self.fisher = self.randn(self.fisher_size, d).to(self.fisher_dtype or self.dtype)
+        if not slots:
+            self.fisher_size = 1  # as if it had one row
+        self.fisher_rows = self.fisher_size if slots else 0
+        self.fisher = self.randn(self.fisher_rows, d).to(self.fisher_dtype or self.dtype)
         self.accumulator = None if self.scalar else self.vector().abs()
+        self.momentum = self.vector() if self.averaged else None
+        self.image = self.vector() if self.damped else None
+        self.moments = torch.zeros(slots, dtype=F64)
+        if self.averaged:
+            stored = self.rows()
+            self.moments[stored] = self.s_ring[stored].double() @ self.momentum.double()
         self.iterate_sum, self.anchor = self.vector(), self.vector()
         self.direction = torch.zeros(d, dtype=self.dtype)
         self.projections = torch.zeros(projections_size(self.history_size), dtype=F64)
-        self.images = torch.zeros(slots, dtype=F64)
-        self.weights = torch.randn(self.fisher_size, generator=self.generator, dtype=F64)
-        self.weights[self.gradients :] = 0.0
-        self.column = torch.rand(slots + 1, generator=self.generator, dtype=F64)
+        self.images = torch.zeros(slots + 1, dtype=F64)
+        self.weights = torch.randn(self.fisher_rows + 1, generator=self.generator, dtype=F64)
+        self.weights[self.gradients : -1] = 0.0
+        self.column = torch.rand(slots + 2, generator=self.generator, dtype=F64)
         self.losses = torch.tensor([1.0, 0.5], dtype=F64)
         self.counters = torch.zeros(len(Counter), dtype=torch.int64)
         self.counters[Counter.PAIRS] = self.pairs
@@ -63,6 +77,7 @@ class State:
         self.counters[Counter.NEXT_GRADIENT] = self.gradients % self.fisher_size
         self.counters[Counter.ITERATES] = 3
         self.counters[Counter.ANCHORED] = 1
+        self.counters[Counter.ACCEPTED] = 5
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -80,6 +95,10 @@ class State:
             setattr(other, name, value)
         return other
 
+    def without_history(self) -> State:
+        """Another state of the same kind, without pairs."""
+        return replace(self, history_size=0, pairs=0, oldest=0, gradients=1)
+
     def rows(self) -> list[int]:
         """Ring slots of the pairs, oldest first."""
         return [(self.oldest + age) % self.slots for age in range(self.pairs)]
@@ -92,14 +111,19 @@ class State:
     def arguments(self, name: str, **changes) -> tuple:
         """Positional arguments of the operation ``name``."""
         options = {
-            "grad_scale": None, "found_inf": None, "maximize": False, "keep": 0.9, "add": 0.1,
-            "eps": 1e-8, "group_sizes": [len(self.params)], "lr": [0.1], "weight_decay": [0.01],
-            "lr_tensor": None, "weight_decay_tensor": None, "fisher_size": self.fisher_size,
-            "saved": self.direction, "monitored_loss": torch.tensor(1.0, dtype=F64),
-            "min_curvature": 1e-4, "max_increase": 1.01,
+            "grad_scale": None, "found_inf": None, "maximize": False, "max_grad_norm": inf,
+            "beta": 0.9 if self.averaged else 0.0, "keep": 0.9, "add": 0.1, "eps": 1e-8,
+            "correct_bias": False, "identity": False, "max_direction": inf,
+            "group_sizes": [len(self.params)], "lr": [0.1], "weight_decay": [0.01],
+            "lr_tensor": None, "weight_decay_tensor": None,
+            "saved": self.direction, "explicit": False,
+            "damping": 0.2, "monitored_loss": torch.tensor(1.0, dtype=F64), "min_curvature": 1e-4,
+            "max_increase": 1.01,
         }  # fmt: skip
         schema = getattr(torch.ops.adaqn, name).default._schema
         known = {**vars(self), **options, **changes}
+        if name == "diagonal_step":
+            known["projections"] = known["projections"][self.slots :]
         return tuple(known[argument.name] for argument in schema.arguments)
 
 

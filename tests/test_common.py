@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf, isfinite, nan
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,9 @@ def test_recursions(common, ring):
     gradients=st.integers(0, 3),
     next_gradient=st.integers(0, 2),
     anchored=st.integers(0, 1),
-    flags=st.tuples(st.sampled_from([0.0, 1.0, 7.0]), st.sampled_from([0.0, 1.0, 9.0])),
+    flags=st.tuples(
+        st.sampled_from([0.0, 1.0, 7.0]), st.sampled_from([0.0, 1.0, 9.0]), st.just(2.0)
+    ),
 )
 def test_acceptance_of_a_step(common, gradients, next_gradient, anchored, flags):
     counters = torch.arange(len(Counter))
@@ -79,8 +82,76 @@ def test_acceptance_of_a_step(common, gradients, next_gradient, anchored, flags)
     assert words == counters.tolist()
 
 
-LOSSES = st.one_of(st.floats(0.5, 2.0), st.sampled_from([1.0, 1.01, float("nan"), float("inf")]))
-PRODUCTS = st.one_of(st.floats(-1.0, 1.0), st.sampled_from([0.0, 1e-4, float("nan")]))
+def counters_after(steps: int) -> torch.Tensor:
+    counters = torch.zeros(len(Counter), dtype=torch.int64)
+    counters[Counter.ACCEPTED] = steps
+    return counters
+
+
+STEPS = st.one_of(st.integers(0, 10), st.integers(0, 10**9))
+NUMBERS = st.floats(-1e3, 1e3)
+
+
+@given(
+    square=st.one_of(st.floats(0.0, 1e30), st.sampled_from([0.0, 4.0, inf, nan])),
+    max_norm=st.one_of(st.floats(1e-6, 1e6), st.sampled_from([2.0, inf])),
+)
+def test_clip_factor(common, square, max_norm):
+    flags = torch.tensor([0.0, 5.0, square], dtype=torch.float64)
+    factor = common.clip_factor(flags.tolist(), max_norm)
+    assert factor == pytest.approx(reference.clip_factor(flags, max_norm).item(), rel=1e-15)
+    assert factor * square**0.5 <= max_norm * (1 + 1e-15) or square in (inf, nan)
+
+
+@given(steps=STEPS, beta=st.one_of(st.just(0.0), st.floats(0.0, 0.999)), s_m=NUMBERS, s_g=NUMBERS)
+def test_look_ahead(common, steps, beta, s_m, s_g):
+    """The weights of the reference, and s.m that moves as the vector m does."""
+    counters = counters_after(steps)
+    of_m, of_g = (x.item() for x in reference.old_and_new(counters, beta))
+    ours = common.look_ahead(counters.tolist(), beta)
+    assert ours == pytest.approx((of_m, of_g), rel=1e-12)
+    u, moment = common.follow(counters.tolist(), beta, s_m, s_g)
+    size = abs(s_m) + abs(s_g)
+    assert u == pytest.approx(of_m * s_m + of_g * s_g, rel=1e-9, abs=1e-12 * size)
+    assert moment == pytest.approx(beta * s_m + (1 - beta) * s_g, rel=1e-9, abs=1e-12 * size)
+
+
+def test_without_momentum_q_is_the_gradient(common):
+    assert common.look_ahead(counters_after(3).tolist(), 0.0) == (0.0, 1.0)
+    assert common.follow(counters_after(3).tolist(), 0.0, 7.0, 0.3) == (0.3, 0.3)
+
+
+@given(
+    steps=STEPS,
+    keep=st.one_of(st.floats(0.0, 1.0), st.sampled_from([0.0, 0.9, 0.999, 1.0])),
+    enabled=st.booleans(),
+)
+def test_bias_correction(common, steps, keep, enabled):
+    counters = counters_after(steps)
+    expected = reference.bias_correction(counters, keep, enabled).item()
+    assert common.bias_correction(counters.tolist(), keep, enabled) == pytest.approx(expected)
+
+
+@given(
+    s_y=st.one_of(NUMBERS, st.sampled_from([0.0, nan, inf, -inf])),
+    s_b0_s=st.one_of(st.floats(0.0, 1e3), st.sampled_from([0.0, 1.0, nan, inf])),
+    damping=st.sampled_from([0.0, 0.1, 0.2, 0.9]),
+)
+def test_damping_factor(common, s_y, s_b0_s, damping):
+    words = torch.tensor([s_y, s_b0_s], dtype=torch.float64)
+    expected = reference.damping_factor(*words, damping).item()
+    theta = common.damping_factor(s_y, s_b0_s, damping)
+    assert theta == pytest.approx(expected, rel=1e-15, nan_ok=True)
+    if s_y < damping * s_b0_s and isfinite(s_y) and isfinite(s_b0_s):
+        assert 0 <= theta <= 1
+        damped = theta * s_y + (1 - theta) * s_b0_s
+        assert damped == pytest.approx(damping * s_b0_s, abs=1e-9 * (abs(s_y) + s_b0_s))
+    elif not s_y < damping * s_b0_s:
+        assert theta == 1
+
+
+LOSSES = st.one_of(st.floats(0.5, 2.0), st.sampled_from([1.0, 1.01, nan, inf]))
+PRODUCTS = st.one_of(st.floats(-1.0, 1.0), st.sampled_from([0.0, 1e-4, nan]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -92,24 +163,26 @@ PRODUCTS = st.one_of(st.floats(-1.0, 1.0), st.sampled_from([0.0, 1e-4, float("na
     loss=st.one_of(st.none(), LOSSES),
     sy=PRODUCTS,
     yy=st.sampled_from([0.0, 1.0, 3.0]),
-    max_increase=st.sampled_from([1.0, 1.01, float("inf")]),
+    max_increase=st.sampled_from([1.0, 1.01, inf]),
 )
 def test_pair_update(common, ring, iterates, anchored, losses, loss, sy, yy, max_increase):
     slots, counters, gram, column, _ = ring
     counters[Counter.GRADIENTS], counters[Counter.NEXT_GRADIENT] = 5, 2
     counters[Counter.ITERATES], counters[Counter.ANCHORED] = iterates, anchored
-    column = torch.cat([column, torch.tensor([yy], dtype=torch.float64)])
+    column = torch.cat([column, torch.tensor([yy, -0.7], dtype=torch.float64)])
+    moments = torch.linspace(1.0, 2.0, slots, dtype=torch.float64)
     column[reference.free_slot(counters, slots)] = sy
     losses = torch.tensor(losses, dtype=torch.float64)
     _, *ours = common.pair_update(
         counters.tolist(), slots, column.tolist(), losses.tolist(), loss, 1e-4, max_increase,
-        gram.flatten().tolist(),
+        gram.flatten().tolist(), moments.tolist(),
     )  # fmt: skip
     w, anchor, total = torch.randn(3, 1, dtype=torch.float64)
     monitored = None if loss is None else torch.tensor(loss, dtype=torch.float64)
     reference.curvature_commit(
-        [w], column, monitored, 1e-4, max_increase, gram, losses, anchor, total, counters
-    )
-    for mine, theirs in zip(ours, (gram, losses, counters), strict=True):
+        [w], column, monitored, 1e-4, max_increase, gram, moments, losses, anchor, total, None,
+        counters,
+    )  # fmt: skip
+    for mine, theirs in zip(ours, (gram, moments, losses, counters), strict=True):
         mine = torch.tensor(mine, dtype=theirs.dtype)
         torch.testing.assert_close(mine, theirs.flatten(), rtol=0, atol=0, equal_nan=True)

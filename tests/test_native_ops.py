@@ -6,6 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
+from math import inf
 
 import pytest
 import torch
@@ -46,25 +49,42 @@ STATES = {
         [(33000,)], [F64], history_size=1, pairs=1, oldest=1, fisher_size=1, gradients=1
     ),
     "many tensors": State([(i % 7,) for i in range(3000)], [F32, BF16]),
+    "averaged": State([(4097,), (31,)], averaged=True, damped=True, pairs=4, oldest=3),
+    "averaged, double": State(
+        [(4097,), (1,)], [F64, F16], averaged=True, damped=True, scalar=True, oldest=2
+    ),
+    "averaged, bfloat16": State(
+        [(33001,)], [BF16], averaged=True, damped=True, history_dtype=BF16, fisher_dtype=BF16
+    ),
     "nothing": State([(0,), (0, 3)]),
 }  # fmt: skip
 
 
 def prepared(name: str, state: State) -> State:
     """A copy of ``state`` as the operations before ``name`` leave it."""
+    if name == "diagonal_step":
+        return state.without_history()
     state = state.clone()
-    if name in ("direction_pass2", "direction_pass3", "iterate_swap"):
-        reference.direction_pass1(*state.arguments("direction_pass1"))
-    if name == "direction_pass3":
-        reference.direction_pass2(*state.arguments("direction_pass2"))
+    before = ["direction_pass1", "direction_pass2"]
+    if name in ("direction_pass2", "iterate_swap"):
+        del before[1:]
+    elif name not in ("direction_images", "direction_pass3"):
+        before.clear()
+    for earlier in before:
+        identity = name == "direction_images"
+        getattr(reference, earlier)(*state.arguments(earlier, identity=identity))
     return state
 
 
-def assert_agrees(ours: State, theirs: State, tolerance: float | None = None) -> None:
+def assert_agrees(
+    ours: State, theirs: State, tolerance: float | None = None, capped: bool = False
+) -> None:
     """Equal up to rounding of the least precise dtype; scratch only where it has a meaning."""
     for state in (ours, theirs):
+        if capped:  # the kernel leaves p there
+            state.direction.zero_()
         free = sorted(set(range(state.slots)) - set(state.rows()))
-        state.projections[free] = state.images[free] = 0.0
+        state.projections[free] = state.images[free] = state.moments[free] = 0.0
     for (name, a), b in zip(ours.tensors().items(), theirs.tensors().values(), strict=True):
         coarse = a.dtype in (BF16, F16)
         precise = a.dtype in (F64, torch.int64) and ours.dtype == F64
@@ -83,7 +103,7 @@ def test_agrees_with_the_reference(name, case):
     native(name, ours)
     getattr(reference, name)(*theirs.arguments(name))
     if name == "curvature_pass_b":  # products with rows that hold no pair have no meaning
-        kept = [*theirs.rows(), (theirs.oldest + theirs.pairs) % theirs.slots, theirs.slots]
+        kept = [*theirs.rows(), (theirs.oldest + theirs.pairs) % theirs.slots, -2, -1]
         for state in (ours, theirs):
             column, state.column = state.column, torch.zeros_like(state.column)
             state.column[kept] = column[kept]
@@ -113,14 +133,171 @@ def test_options_of_a_step(changes):
     assert_agrees(native("direction_step", ours, **changes), theirs)
 
 
-@pytest.mark.parametrize("outcome", ["reset", "skip", "first", "none", "no monitor"])
-def test_outcomes_of_a_pair_update(outcome):
+AVERAGES = {
+    "plain": State([(4097,), (3, 31)], pairs=4, oldest=3, gradients=3),
+    "mixed": State(
+        [(700,), (0,), (9, 1, 2)], [F32, BF16, F16], history_dtype=BF16, fisher_dtype=BF16
+    ),
+    "double": State([(3, 5), (), (0,), (4097,)], [F64, F32], pairs=2, oldest=4),
+    "no pairs": State([(8193,)], pairs=0, gradients=0),
+    "no history": State([(8193,), (5,)], history_size=0, pairs=0, gradients=0),
+}  # fmt: skip
+
+
+def combinations() -> list[dict]:
+    """Every option beyond the paper: off, on without effect, on with effect; with one another."""
+    return [
+        {"max_grad_norm": clip, "correct_bias": correct, "max_direction": cap}
+        for clip, correct, cap in product([inf, 1e9, 0.5], [False, True], [inf, 1e9, 0.05])
+    ]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("case", AVERAGES)
+@pytest.mark.parametrize("name", ["direction_step", "diagonal_step"])
+def test_every_combination_of_options(name, case, scalar, averaged):
+    """Three steps, so that averages and their words are read as they were written."""
+    if name == "direction_step" and case == "no history" and scalar:
+        pytest.skip("there is no such step")
+    start = replace(AVERAGES[case], scalar=scalar, averaged=averaged)
+    for changes in combinations():
+        ours = prepared(name, start)
+        theirs = ours.clone()
+        for _ in range(3):
+            native(name, ours, **changes)
+            getattr(reference, name)(*theirs.arguments(name, **changes))
+        assert_agrees(ours, theirs, capped=changes["max_direction"] < inf)
+
+
+def test_what_was_in_the_scratch_does_not_matter():
+    """Words of slots without a pair are zero after a step."""
+    clean = State([(4097,)], averaged=True, pairs=2, oldest=4)
+    dirty = clean.clone()
+    for scratch in (dirty.projections, dirty.images, dirty.direction):
+        scratch.fill_(torch.nan)
+    for (name, a), b in zip(
+        native("direction_step", clean, **LIMITS).tensors().items(),
+        native("direction_step", dirty, **LIMITS).tensors().values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("history_size", [0, 4])
+def test_another_initial_matrix(history_size, diagonal, averaged):
+    """Pass 2 leaves D q - sum a_i y_i and no images: they come once H0 has been applied."""
+    ours = State([(33001,), (7,)], scalar=not diagonal, averaged=averaged, oldest=3)
+    if history_size == 0:
+        ours = ours.without_history()
+        ours.iterate_sum = None
+    theirs = ours.clone()
+    changes = {"identity": True, "max_direction": 0.5, "max_grad_norm": 0.5, "correct_bias": True}
+    for state, apply in [(ours, torch.ops.adaqn), (theirs, reference)]:
+        state.images[:-1], state.images[-1] = 7.0, 2.0
+        apply.direction_pass1(*state.arguments("direction_pass1", **changes))
+        apply.direction_pass2(*state.arguments("direction_pass2", **changes))
+        assert (state.images[:-1] == 7).all() and state.images[-1] == 2
+        state.direction *= 0.3
+        if history_size:
+            apply.direction_images(*state.arguments("direction_images"))
+        apply.direction_pass3(*state.arguments("direction_pass3", **changes))
+        assert state.images[-1] == 2
+    assert_agrees(ours, theirs, capped=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("history_dtype", [None, BF16])
+def test_moments_follow_the_momentum(dtype, history_dtype):
+    """Kept from step to step, they stay s_i.m of the stored s_i, without a pass over either."""
+    state = State(
+        [(50_000,)], [dtype], averaged=True, history_dtype=history_dtype, pairs=4, oldest=2
+    )
+    for step in range(30):
+        state.grads = [state.randn(50_000).to(dtype)]
+        native("direction_step", state, max_grad_norm=100.0 + 10 * step, lr=[0.0])
+    rows = state.rows()
+    exact = state.s_ring[rows].double() @ state.momentum.double()
+    torch.testing.assert_close(state.moments[rows], exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_direction_is_capped_to_equality(averaged):
+    """|p| = max_direction |H0 q|, with the direction unchanged; no effect above its length."""
+    free = State([(100_003,)], [F64], averaged=averaged, pairs=4)
+    bound, loose = free.clone(), free.clone()
+    still = {"lr": [1.0], "weight_decay": [0.0]}
+    before = free.params[0].clone()
+    moves = []
+    for state, cap in [(free, inf), (bound, 0.25), (loose, 1e6)]:
+        native("direction_step", state, max_direction=cap, **still)
+        moves.append(before - state.params[0])
+    size = free.images[-1].sqrt()
+    assert moves[0].norm() > 0.25 * size
+    torch.testing.assert_close(moves[1].norm(), 0.25 * size)
+    torch.testing.assert_close(moves[1] / moves[1].norm(), moves[0] / moves[0].norm())
+    torch.testing.assert_close(moves[2], moves[0], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_norms_of_float32_neither_vanish_nor_overflow(scale):
+    """Squares that float32 cannot hold: the gradient is clipped to half its norm all the same."""
+    state = State([(4097,)], scalar=True, pairs=0, gradients=0, fisher_size=1)
+    state.grads = [scale * torch.ones(4097)]
+    limit = 0.5 * scale * 4097**0.5
+    native("direction_step", state, max_grad_norm=limit, max_direction=1.0)
+    assert state.projections[Flag.SQUARE].sqrt().item() == pytest.approx(2 * limit, rel=1e-6)
+    torch.testing.assert_close(state.fisher[0], torch.full((4097,), 0.5 * scale))
+    assert state.images[-1].sqrt().item() == pytest.approx(limit, rel=1e-6)
+
+
+# ------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 30.0])
+@pytest.mark.parametrize("explicit", [None, 1.0, -1.0])
+@pytest.mark.parametrize("case", ["plain", "mixed", "double"])
+def test_damping_and_given_y(case, explicit, size):
+    """B0 s of any size, a y from the gradients or given, of either sign of s.y."""
+    rows = {} if explicit is None else {"fisher_size": 1, "gradients": 1}
+    ours = replace(AVERAGES[case], averaged=True, damped=size > 0, **rows)
+    free = (ours.oldest + ours.pairs) % ours.slots
+    s = ours.iterate_sum / 3 - ours.anchor
+    if explicit is not None:
+        ours.fisher[0] = explicit * s
+    if ours.damped:
+        ours.image = size * s
+    theirs = ours.clone()
+    for name in ("curvature_pass_a", "curvature_pass_b"):
+        changes = {"explicit": explicit is not None}
+        native(name, ours, **changes)
+        getattr(reference, name)(*theirs.arguments(name, **changes))
+        unread = [*set(range(ours.slots)) - {*ours.rows(), free}]
+        ours.column[unread] = theirs.column[unread] = 0.0
+        assert_agrees(ours, theirs)
+    stored, m = ours.s_ring[free].double(), ours.momentum.double()
+    error = (ours.column[-1] - stored @ m).abs()
+    assert error <= 1e-6 * stored.norm() * m.norm()
+    if ours.damped and (size > 1 or explicit == -1):
+        assert ours.weights[-1] > 0
+        coarse = ours.s_ring.dtype == BF16
+        s_y, bound = ours.column[free].to(s), 0.2 * (s @ ours.image)
+        torch.testing.assert_close(s_y, bound, rtol=2**-7 if coarse else 1e-5, atol=0)
+    else:
+        assert ours.weights[-1] == 0
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("outcome", ["store", "reset", "skip", "first", "none", "no monitor"])
+def test_outcomes_of_a_pair_update(outcome, averaged):
     changes = {}
-    ours = STATES["many dtypes"].clone()
+    ours = replace(STATES["many dtypes"], averaged=averaged)
     if outcome == "reset":
         changes["monitored_loss"] = torch.tensor(2.0, dtype=F64)
     if outcome == "skip":
-        ours.column[-1] = 1e9
+        ours.column[-2] = 1e9
     if outcome == "first":
         ours.counters[Counter.ANCHORED] = 0
     if outcome == "none":
@@ -129,13 +306,15 @@ def test_outcomes_of_a_pair_update(outcome):
         changes["monitored_loss"] = None
     theirs = ours.clone()
     reference.curvature_commit(*theirs.arguments("curvature_commit", **changes))
-    assert_agrees(native("curvature_commit", ours, **changes), theirs, tolerance=1e-6)
+    native("curvature_commit", ours, **changes)
+    assert torch.equal(ours.moments, theirs.moments)
+    assert_agrees(ours, theirs, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("poison", ["iterate_sum", "fisher"])
+@pytest.mark.parametrize("poison", ["iterate_sum", "fisher", "image"])
 @pytest.mark.parametrize("dtype", [None, BF16])
 def test_a_candidate_that_is_not_finite_leaves_zeros(poison, dtype):
-    state = State([(33000,)], history_dtype=dtype)
+    state = State([(33000,)], history_dtype=dtype, averaged=True, damped=True)
     getattr(state, poison).view(-1)[17] = torch.inf
     native("curvature_pass_b", state)
     assert not state.s_ring[3].any() and not state.y_ring[3].any() and not state.column.any()
@@ -196,7 +375,10 @@ def test_direction_of_three_million():
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """The same tests with narrower vectors; where a machine lacks one, with what it has."""
-    chosen = "halves or agrees and (direction_step or curvature_pass) or exact and 4097"
+    chosen = (
+        "halves or agrees and (direction_step or diagonal_step or curvature_pass)"
+        " or combination and mixed-False-True or damping and mixed or exact and 4097"
+    )
     done = subprocess.run(
         [
             sys.executable,
@@ -240,8 +422,8 @@ def test_layout_does_not_change_a_bit(kind, dtypes):
     strided.grads = [scattered(g, kind) for g in plain.grads]
     assert not any(t.is_contiguous() for t in strided.params + strided.grads)
     for name in ("direction_step", "iterate_swap", "iterate_restore", "curvature_commit"):
-        native(name, plain)
-        native(name, strided)
+        native(name, plain, max_direction=0.1)
+        native(name, strided, max_direction=0.1)
         for (label, a), b in zip(
             plain.tensors().items(), strided.tensors().values(), strict=True
         ):  # fmt: skip
@@ -289,32 +471,72 @@ def test_halves_round_as_in_torch(dtype):
 # ------------------------------------------------------------------------- invariants
 
 
+SCRATCH = {"direction", "projections", "images"}
+LIMITS = {"max_grad_norm": 0.5, "max_direction": 0.1, "correct_bias": True}
+
+
+def assert_nothing_lasting_has_changed(after: State, before: State) -> None:
+    for (name, a), b in zip(after.tensors().items(), before.tensors().values(), strict=True):
+        same = torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+        assert same or name in SCRATCH, name
+
+
+@pytest.mark.parametrize("limits", [{}, LIMITS])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, "found_inf"])
-@pytest.mark.parametrize("case", ["many dtypes", "double", "bfloat16 rings", "scalar"])
-def test_a_dropped_step_changes_one_counter(case, poison):
-    state = STATES[case].clone()
-    changes = {}
+@pytest.mark.parametrize("name", ["direction_step", "diagonal_step"])
+@pytest.mark.parametrize(
+    "case",
+    ["many dtypes", "double", "bfloat16 rings", "scalar", "averaged", "averaged, bfloat16"],
+)
+def test_a_dropped_step_changes_one_counter(case, name, poison, limits):
+    state = prepared(name, STATES[case])
+    changes = dict(limits)
     if poison == "found_inf":
         changes["found_inf"] = torch.ones(1)
     else:
         state.grads[0].view(-1)[-1] = poison
     before = state.clone()
-    native("direction_step", state, **changes)
+    native(name, state, **changes)
     assert state.counters[Counter.STEPS_SKIPPED] == 1
     state.counters[Counter.STEPS_SKIPPED] = 0
-    scratch = {"direction", "projections", "images"}
-    for (name, a), b in zip(state.tensors().items(), before.tensors().values(), strict=True):
-        assert name in scratch or torch.equal(a, b), name
+    assert_nothing_lasting_has_changed(state, before)
 
 
-def test_a_blank_step_changes_nothing():
-    state = State([(40,)], pairs=0, gradients=0)
+def test_a_dropped_step_with_another_initial_matrix_changes_one_counter():
+    state = replace(STATES["averaged"], scalar=True)
+    state.grads[1][:] = torch.nan
+    before = state.clone()
+    for name in ("direction_pass1", "direction_pass2", "direction_images", "direction_pass3"):
+        native(name, state, identity=True, **LIMITS)
+    assert state.counters[Counter.STEPS_SKIPPED] == 1
+    state.counters[Counter.STEPS_SKIPPED] = 0
+    assert_nothing_lasting_has_changed(state, before)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("name", ["direction_step", "diagonal_step"])
+def test_a_blank_step_changes_nothing(name, averaged):
+    state = State([(40,)], pairs=0, gradients=0, averaged=averaged)
+    if name == "diagonal_step":
+        state = state.without_history()
     state.counters.zero_()
     state.grads = [None]
     before = state.clone()
-    native("direction_step", state)
-    for name in ("counters", "params[0]", "accumulator", "fisher", "iterate_sum"):
-        assert torch.equal(state.tensors()[name], before.tensors()[name])
+    native(name, state)
+    assert_nothing_lasting_has_changed(state, before)
+
+
+@pytest.mark.parametrize("limits", [{}, LIMITS])
+@pytest.mark.parametrize("case", ["double", "scalar", "averaged", "averaged, bfloat16"])
+def test_passes_make_the_step(case, limits):
+    """direction_step does what the three passes do, to the bit."""
+    whole = STATES[case].clone()
+    parts = whole.clone()
+    native("direction_step", whole, **limits)
+    for name in ("direction_pass1", "direction_pass2", "direction_pass3"):
+        native(name, parts, **limits)
+    for (name, a), b in zip(whole.tensors().items(), parts.tensors().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("dtypes", [[F32], [BF16, F16], [F64, F32]])
@@ -342,11 +564,17 @@ def test_same_bits_for_any_number_of_threads():
     try:
         for count in (1, 2, 3, 2, 1):
             torch.set_num_threads(count)
-            state = State([(70_000,), (100_000,)], [F32, BF16], oldest=4)
-            native("direction_step", state)
+            state = State(
+                [(70_000,), (100_000,)], [F32, BF16], oldest=4, averaged=True, damped=True
+            )
+            native("direction_step", state, **LIMITS)
             for name in ("curvature_pass_a", "curvature_pass_b", "curvature_commit"):
                 native(name, state)
-            results.append(state.tensors())
+            alone = state.without_history()
+            native("diagonal_step", alone, **LIMITS)
+            results.append(
+                {**state.tensors(), **{f"{k} alone": v for k, v in alone.tensors().items()}}
+            )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -362,22 +590,27 @@ BAD = {
     "s_ring: expected dtype": {"s_ring": torch.zeros(5, 31, dtype=F64)},
     "s_ring: expected a contiguous": {"s_ring": torch.zeros(31, 5).T},
     "s_ring: expected a matrix": {"s_ring": torch.zeros(31)},
+    "s_ring: expected no rows or at least 2": {"s_ring": torch.zeros(1, 31)},
     "y_ring: expected shape": {"y_ring": torch.zeros(5, 30)},
     "gram: expected shape (5, 4)": {"y_ring": torch.zeros(4, 31)},
     "gram: expected dtype float64": {"gram": torch.zeros(6, 5)},
     "gram: expected shape": {"gram": torch.zeros(5, 5, dtype=F64)},
     "accumulator: expected shape": {"accumulator": torch.zeros(30)},
-    "fisher: expected": {"fisher": torch.zeros(0, 31)},
+    "momentum: expected shape": {"momentum": torch.zeros(30)},
+    "momentum: expected dtype float32": {"momentum": torch.zeros(31, dtype=F64)},
+    "moments: expected shape (5)": {"moments": torch.zeros(6, dtype=F64)},
+    "moments: expected dtype float64": {"moments": torch.zeros(5)},
+    "fisher: expected a matrix": {"fisher": torch.zeros(31)},
     "iterate_sum: expected dtype": {"iterate_sum": torch.zeros(31, dtype=BF16)},
     "direction: expected dtype": {"direction": torch.zeros(31, dtype=torch.int64)},
     "projections: expected shape": {"projections": torch.zeros(3, dtype=F64)},
-    "images: expected shape": {"images": torch.zeros(3, dtype=F64)},
+    "images: expected shape (6)": {"images": torch.zeros(5, dtype=F64)},
     "counters: expected dtype": {"counters": torch.zeros(len(Counter))},
     "counters: expected shape": {"counters": torch.zeros(3, dtype=torch.int64)},
-    "pairs: expected 0..4, got 5": {"counters": torch.tensor([5] + [0] * 9)},
-    "oldest pair: expected 0..4": {"counters": torch.tensor([0, -1] + [0] * 8)},
-    "gradients: expected 0..3": {"counters": torch.tensor([0, 0, 4] + [0] * 7)},
-    "next gradient: expected 0..2": {"counters": torch.tensor([0, 0, 0, 3] + [0] * 6)},
+    "pairs: expected 0..4, got 5": {"counters": torch.tensor([5] + [0] * 10)},
+    "oldest pair: expected 0..4": {"counters": torch.tensor([0, -1] + [0] * 9)},
+    "gradients: expected 0..3": {"counters": torch.tensor([0, 0, 4] + [0] * 8)},
+    "next gradient: expected 0..2": {"counters": torch.tensor([0, 0, 0, 3] + [0] * 7)},
     "grads: expected one for each": {"grads": []},
     "grads[0]: expected 31 elements": {"grads": [torch.zeros(30)]},
     "grads[0]: expected float32": {"grads": [torch.zeros(31, dtype=torch.int32)]},
@@ -389,21 +622,79 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_are_named_before_anything_is_written(message):
+BAD_BY_OPERATION = {
+    "direction_pass1": {"moments: expected shape (5)": {"moments": torch.zeros(6, dtype=F64)}},
+    "direction_pass2": {
+        "momentum: expected shape": {"momentum": torch.zeros(30)},
+        "images: expected shape (6)": {"images": torch.zeros(5, dtype=F64)},
+    },
+    "direction_images": {
+        "y_ring: expected shape": {"y_ring": torch.zeros(5, 30)},
+        "direction: expected dtype": {"direction": torch.zeros(31, dtype=torch.int64)},
+        "projections: expected shape (8)": {"projections": torch.zeros(7, dtype=F64)},
+        "images: expected shape (6)": {"images": torch.zeros(5, dtype=F64)},
+        "pairs: expected 0..4, got 5": {"counters": torch.tensor([5] + [0] * 10)},
+    },
+    "direction_pass3": {
+        "moments: expected shape (5)": {"moments": torch.zeros(6, dtype=F64)},
+        "fisher_size: expected at least 1": {"fisher_size": 0},
+        "iterate_sum: expected shape": {"iterate_sum": torch.zeros(30)},
+    },
+    "diagonal_step": {
+        "params[0]: expected float32": {"params": [torch.zeros(31, dtype=torch.complex64)]},
+        "grads: expected one for each": {"grads": []},
+        "lr: expected 1 numbers": {"lr": [0.1, 0.2]},
+        "accumulator: expected shape": {"accumulator": torch.zeros(30)},
+        "momentum: expected dtype float32": {"momentum": torch.zeros(31, dtype=F64)},
+        "found_inf: expected 1": {"found_inf": torch.zeros(2)},
+        "counters: expected shape": {"counters": torch.zeros(3, dtype=torch.int64)},
+        "gradients: expected 0..1": {"counters": torch.tensor([0, 0, 2] + [0] * 8)},
+    },
+    "curvature_pass_a": {
+        "fisher: expected 1 row": {"explicit": True},
+        "fisher: expected a matrix of at least 1": {"fisher": torch.zeros(0, 31)},
+        "image: expected shape": {"image": torch.zeros(30)},
+        "weights: expected shape (4)": {"weights": torch.zeros(3, dtype=F64)},
+    },
+    "curvature_pass_b": {
+        "s_ring: expected a matrix of at least 2": {"s_ring": torch.zeros(0, 31)},
+        "y_ring: expected dtype": {"y_ring": torch.zeros(5, 31, dtype=BF16)},
+        "image: expected dtype float32": {"image": torch.zeros(31, dtype=F64)},
+        "momentum: expected shape": {"momentum": torch.zeros(30)},
+        "weights: expected shape (4)": {"weights": torch.zeros(3, dtype=F64)},
+        "column: expected shape (7)": {"column": torch.zeros(6, dtype=F64)},
+    },
+    "curvature_commit": {
+        "column: expected shape (7)": {"column": torch.zeros(6, dtype=F64)},
+        "moments: expected shape (5)": {"moments": torch.zeros(6, dtype=F64)},
+        "momentum: expected shape": {"momentum": torch.zeros(30)},
+        "gram: expected a matrix of at least 3": {"gram": torch.zeros(2, 1, dtype=F64)},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "changes"),
+    [("direction_step", *bad) for bad in BAD.items()]
+    + [(name, *bad) for name, table in BAD_BY_OPERATION.items() for bad in table.items()],
+)
+def test_bad_arguments_are_named_before_anything_is_written(name, message, changes):
     state = State([(31,)])
+    if name == "diagonal_step":
+        state = state.without_history()
     before = state.clone()
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        native("direction_step", state, **BAD[message])
-    for name, tensor in state.tensors().items():
-        assert torch.equal(tensor, before.tensors()[name]), name
+        native(name, state, **changes)
+    for label, tensor in state.tensors().items():
+        assert torch.equal(tensor, before.tensors()[label]), label
 
 
 # ------------------------------------------------------------------------- torch's own checks
 
 
-@pytest.mark.parametrize("case", ["one", "double", "bfloat16 rings", "scalar"])
+@pytest.mark.parametrize("limits", [{}, LIMITS])
+@pytest.mark.parametrize("case", ["one", "double", "bfloat16 rings", "scalar", "averaged"])
 @pytest.mark.parametrize("name", ops.SCHEMAS)
-def test_opcheck(name, case):
+def test_opcheck(name, case, limits):
     state = prepared(name, STATES[case])
-    torch.library.opcheck(getattr(torch.ops.adaqn, name).default, state.arguments(name))
+    torch.library.opcheck(getattr(torch.ops.adaqn, name).default, state.arguments(name, **limits))

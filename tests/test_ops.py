@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from problems import random_parameters, set_gradients
+from problems import plain_adaqn, random_parameters, set_gradients
 
-from adaqn_cuda import AdaQN, ops
+from adaqn_cuda import ops
 
 
 class Recorder:
@@ -32,13 +32,24 @@ def copy_arguments(args):
     return tuple(copy(x) for x in args)
 
 
-def recorded_calls(monkeypatch, init, history_dtype):
-    """Arguments of one call of each operation, from a run with some history."""
+BEYOND_THE_PAPER = {
+    "momentum": 0.9, "damping": 0.2, "max_direction": 0.5, "bias_correction": True,
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+
+RUNS = {
+    "rmsprop": {},
+    "scalar": {"init": "scalar"},
+    "kronecker": {"init": "kronecker"},
+    "no history": {"history_size": 0, "monitor": None},
+}
+
+
+def recorded_calls(monkeypatch, **options):
+    """Arguments of the last call of each operation, from a run with some history."""
     params = random_parameters([(3, 4), (5,), ()])
-    optimizer = AdaQN(
-        params, init=init, history_dtype=history_dtype, fisher_dtype=history_dtype,
-        update_interval=3, history_size=3, monitor=lambda: 1.0,
-    )  # fmt: skip
+    options = {"history_size": 3, "update_interval": 3, "monitor": lambda: 1.0, **options}
+    optimizer = plain_adaqn(params, **options)
     recorder = Recorder(ops._DISPATCHED)
     backend = ops.Backend("recorder", "test", recorder)
     monkeypatch.setattr(ops, "select_backend", lambda *_: backend)
@@ -48,36 +59,39 @@ def recorded_calls(monkeypatch, init, history_dtype):
     return recorder.calls
 
 
-@pytest.mark.parametrize("init", ["rmsprop", "scalar"])
+def test_these_runs_call_every_operation(monkeypatch):
+    calls = [recorded_calls(monkeypatch, **options) for options in RUNS.values()]
+    assert set().union(*calls) == ops.SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("beyond", [{}, BEYOND_THE_PAPER])
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("history_dtype", [None, torch.bfloat16])
-def test_operations_pass_opcheck(monkeypatch, init, history_dtype):
-    calls = recorded_calls(monkeypatch, init, history_dtype)
-    assert calls.keys() == ops.SCHEMAS.keys()
+def test_operations_pass_opcheck(monkeypatch, run, history_dtype, beyond):
+    dtypes = {"history_dtype": history_dtype, "fisher_dtype": history_dtype}
+    calls = recorded_calls(monkeypatch, **RUNS[run], **dtypes, **beyond)
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.adaqn, name).default, args)
 
 
-def test_passes_make_the_step(monkeypatch):
+def by_name(name, args):
+    schema = getattr(torch.ops.adaqn, name).default._schema
+    return dict(zip((argument.name for argument in schema.arguments), args, strict=True))
+
+
+@pytest.mark.parametrize("beyond", [{}, BEYOND_THE_PAPER])
+@pytest.mark.parametrize("init", ["rmsprop", "scalar"])
+def test_passes_make_the_step(monkeypatch, init, beyond):
     """direction_step does what the three passes do, to the bit."""
-    args = recorded_calls(monkeypatch, "rmsprop", None)["direction_step"]
-    (params, grads, s_ring, y_ring, gram, scale, found_inf, maximize, keep, add, eps, sizes, lr,
-     decay, lr_tensor, decay_tensor, *state) = copy_arguments(args)  # fmt: skip
-    accumulator, fisher, iterate_sum, direction, projections, images, counters = state
+    args = recorded_calls(monkeypatch, init=init, **beyond)["direction_step"]
+    values = by_name("direction_step", copy_arguments(args))
     torch.ops.adaqn.direction_step(*args)
-    o = torch.ops.adaqn
-    o.direction_pass1(params, grads, s_ring, counters, scale, found_inf, maximize, projections)
-    o.direction_pass2(
-        params, grads, y_ring, gram, counters, projections, scale, maximize, keep, add, eps,
-        accumulator, fisher, direction, images,
-    )  # fmt: skip
-    o.direction_pass3(
-        params, s_ring, gram, projections, images, direction, sizes, lr, decay, lr_tensor,
-        decay_tensor, len(fisher), iterate_sum, counters,
-    )  # fmt: skip
-    for p, q in zip(params, args[0], strict=True):
-        assert torch.equal(p, q)
-    for mine, theirs in zip(state, args[-7:], strict=True):
-        assert torch.equal(mine, theirs)
+    known = {**values, "identity": False, "fisher_size": len(values["fisher"])}
+    for name in ("direction_pass1", "direction_pass2", "direction_pass3"):
+        op = getattr(torch.ops.adaqn, name).default
+        op(*(known[argument.name] for argument in op._schema.arguments))
+    for name, whole in by_name("direction_step", args).items():
+        torch.testing.assert_close(values[name], whole, rtol=0, atol=0, msg=name)
 
 
 def test_reference_and_dispatched_backends():

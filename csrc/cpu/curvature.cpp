@@ -1,5 +1,6 @@
 #include "curvature.h"
 
+#include "../common/damping.h"
 #include "dispatch.h"
 #include "pairs.h"
 
@@ -28,25 +29,36 @@ inline void load_displacement(const Displacement& displacement, T divisor, int64
   for (int64_t k = 0; k < n; ++k) s[k] = sum[k] / divisor - anchor[k];
 }
 
+/// The weights, from F_j.s of the gradients and then s.B0 s.
+void weigh(const PassA& a, size_t gradients, const std::vector<double>& products) {
+  std::fill_n(a.weights, a.fisher.rows, 0.0);
+  double s_y = 0;
+  for (size_t j = 0; j < gradients; ++j) {
+    a.weights[j] = a.is_explicit ? 1 : products[j] / static_cast<double>(gradients);
+    s_y += a.weights[j] * products[j];
+  }
+  const double theta = a.image != nullptr ? damping_factor(s_y, products[gradients], a.damping) : 1;
+  for (size_t j = 0; j < gradients; ++j) a.weights[j] *= theta;
+  a.weights[a.fisher.rows] = 1 - theta;
+}
+
 template <class T, class F>
 void pass_a(ParallelFor parallel_for, const PassA& a, T, F) {
   const auto gradients = gradient_rows<F>(a.fisher, a.counters);
+  const auto image = optional_row<T>(a.image);
   const T count = divisor<T>(a.counters);
-  PartialSums partial(a.fisher.columns, static_cast<int>(gradients.size()));
+  PartialSums partial(a.fisher.columns, static_cast<int>(gradients.size() + image.size()));
   const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
+    double* sums = partial.of(index);
     for_blocks(begin, end, [&](int64_t at, int64_t n) {
       T s[kBlock];
       load_displacement(a.s, count, at, n, s);
-      add_products(gradients, at, n, s, partial.of(index));
+      add_products(gradients, at, n, s, sums);
+      add_products(image, at, n, s, sums + gradients.size());
     });
   };
   for_chunks(parallel_for, a.fisher.columns, Order::forward, chunk);
-
-  std::fill_n(a.weights, a.fisher.rows, 0.0);
-  const auto total = partial.total();
-  for (size_t j = 0; j < total.size(); ++j) {
-    a.weights[j] = total[j] / static_cast<double>(total.size());
-  }
+  weigh(a, gradients.size(), partial.total());
 }
 
 /// Rounds the block x to the ring's dtype, in `to` and in x itself; returns how many elements are
@@ -63,8 +75,8 @@ inline int32_t store_rounded(T* x, int64_t n, R* to) {
   return nonfinite;
 }
 
-/// Words of pass B's sums behind s_i.y of the pairs: s.y, y.y, elements that are not finite.
-enum : int { kOwnProduct, kSquare, kNonfinite, kWords };
+/// Words of pass B's sums behind s_i.y of the pairs: s.y, y.y, s.m, elements that are not finite.
+enum : int { kOwnProduct, kSquare, kMoment, kNonfinite, kWords };
 
 template <class T, class F, class R>
 void pass_b(ParallelFor parallel_for, const PassB& a, T, F, R) {
@@ -72,6 +84,8 @@ void pass_b(ParallelFor parallel_for, const PassB& a, T, F, R) {
   const PairRing ring(a.counters, static_cast<int>(a.s_ring.rows));
   const auto gradients = gradient_rows<F>(a.fisher, a.counters);
   const std::vector<T> weights(a.weights, a.weights + gradients.size());
+  const auto image = optional_row<T>(a.image), momentum = optional_row<T>(a.momentum);
+  const std::vector<T> image_weight(image.size(), static_cast<T>(a.weights[a.fisher.rows]));
   const T count = divisor<T>(a.counters);
   R* s_row = row<R>(a.s_ring, ring.free_slot());
   R* y_row = row<R>(a.y_ring, ring.free_slot());
@@ -86,8 +100,10 @@ void pass_b(ParallelFor parallel_for, const PassB& a, T, F, R) {
       load_displacement(a.s, count, at, n, s);
       std::fill_n(y, n, T(0));
       add_combination(gradients, weights, at, n, y);
+      add_combination(image, image_weight, at, n, y);
       nonfinite += store_rounded(s, n, s_row + at) + store_rounded(y, n, y_row + at);
       add_products(factors, at, n, y, sums);
+      add_products(momentum, at, n, s, sums + ring.pairs + kMoment);
     });
   };
   for_chunks(parallel_for, size, Order::backward, chunk);
@@ -103,6 +119,7 @@ void pass_b(ParallelFor parallel_for, const PassB& a, T, F, R) {
   scatter_by_slot(total.data(), ring, a.column);
   a.column[ring.free_slot()] = words[kOwnProduct];
   a.column[ring.slots] = words[kSquare];
+  a.column[ring.slots + 1] = words[kMoment];
 }
 
 template <class T>
@@ -112,15 +129,20 @@ void commit(ParallelFor parallel_for, const Commit& a, T) {
   const T count = divisor<T>(a.counters);
   T* anchor = static_cast<T*>(a.anchor);
   T* sum = static_cast<T*>(a.iterate_sum);
+  T* momentum = static_cast<T*>(a.momentum);
   const auto chunk = [&](int64_t, int64_t begin, int64_t end) {
-    if (outcome == PairUpdate::reset) a.params.store(begin, end - begin, anchor + begin);
+    if (outcome == PairUpdate::reset) {
+      a.params.store(begin, end - begin, anchor + begin);
+      if (momentum != nullptr) std::fill(momentum + begin, momentum + end, T(0));
+    }
     if (moves_anchor(outcome)) {
       for (int64_t k = begin; k < end; ++k) anchor[k] = sum[k] / count;
     }
     std::fill(sum + begin, sum + end, T(0));
   };
   for_chunks(parallel_for, a.params.size(), Order::forward, chunk);
-  record_pair_update(outcome, a.slots, a.column, a.monitored, a.gram, a.losses, a.counters);
+  record_pair_update(outcome, a.slots, a.column, a.monitored, a.gram, a.moments, a.losses,
+                     a.counters);
 }
 
 }  // namespace

@@ -19,7 +19,10 @@ struct PassA {
   Displacement s;
   Matrix fisher;
   const int64_t* counters;
-  double* weights;
+  bool is_explicit;  ///< the candidate y is the gradient itself, not the Fisher product
+  double damping;
+  const void* image;  ///< B0 s; null without damping
+  double* weights;    ///< of the gradients, then of the image
 };
 
 struct PassB {
@@ -27,6 +30,8 @@ struct PassB {
   Matrix fisher;
   const int64_t* counters;
   const double* weights;
+  const void* image;     ///< null without damping
+  const void* momentum;  ///< null: none
   Matrix s_ring;
   Matrix y_ring;
   double* column;
@@ -40,9 +45,11 @@ struct Commit {
   const double* monitored;  ///< null without a monitor
   PairUpdateRule rule;
   double* gram;
+  double* moments;
   double* losses;
   void* anchor;
   void* iterate_sum;
+  void* momentum;  ///< null: none
   int64_t* counters;
 };
 

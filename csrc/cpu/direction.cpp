@@ -1,6 +1,7 @@
 #include "direction.h"
 
 #include <cmath>
+#include <limits>
 
 #include "../common/acceptance.h"
 #include "../common/recursion.h"
@@ -9,31 +10,6 @@
 
 namespace adaqn::cpu {
 namespace {
-
-template <class T>
-inline void load_gradient(const Gradient& gradient, int64_t at, int64_t n, T* g) {
-  gradient.tensors.load(at, n, g);
-  if (gradient.scaled) {
-    const T scale = static_cast<T>(gradient.scale);
-    for (int64_t k = 0; k < n; ++k) g[k] /= scale;
-  }
-  if (gradient.maximize) {
-    for (int64_t k = 0; k < n; ++k) g[k] = -g[k];
-  }
-}
-
-/// Adds to the words of namespace flag.
-template <class T>
-inline void count_flags(const T* g, int64_t n, double* flags) {
-  int32_t nonfinite = 0, nonzero = 0;
-#pragma omp simd reduction(+ : nonfinite, nonzero)
-  for (int64_t k = 0; k < n; ++k) {
-    nonfinite += is_finite(g[k]) ? 0 : 1;
-    nonzero += g[k] != 0 ? 1 : 0;
-  }
-  flags[flag::nonfinite] += nonfinite;
-  flags[flag::nonzero] += nonzero;
-}
 
 std::vector<double> backward(const double* gram, const PairRing& ring, const double* projections) {
   std::vector<double> a(static_cast<size_t>(ring.slots));
@@ -57,98 +33,163 @@ void pass1(ParallelFor parallel_for, const Pass1& a, T, R) {
     double* sums = partial.of(index);
     for_blocks(begin, end, [&](int64_t at, int64_t n) {
       T g[kBlock];
-      load_gradient(a.gradient, at, n, g);
+      load_gradient(a.gradient, T(1), at, n, g);
       add_products(s, at, n, g, sums);
-      count_flags(g, n, sums + ring.pairs);
+      add_flags(g, n, sums + ring.pairs);
     });
   };
   for_chunks(parallel_for, a.gradient.tensors.size(), Order::forward, chunk);
 
   const auto total = partial.total();
   double* flags = a.projections + ring.slots;
-  scatter_by_slot(total.data(), ring, a.projections);
-  flags[flag::nonfinite] = total[ring.pairs + flag::nonfinite] + a.found_inf;
-  flags[flag::nonzero] = total[ring.pairs + flag::nonzero];
+  std::copy_n(total.data() + ring.pairs, int{flag::count}, flags);
+  flags[flag::nonfinite] += a.found_inf;
+  const double clip = clip_factor(flags, a.gradient.max_norm);
+  const LookAhead look(a.counters, a.beta);
+  std::fill_n(a.projections, ring.slots, 0.0);
+  for (int age = 0; age < ring.pairs; ++age) {
+    const int i = ring.slot(age);
+    a.projections[i] = look.projection(a.moments[i], clip * total[age]);
+  }
 }
 
-/// r = D q with the new accumulator v; q becomes r.
+/// r becomes gamma r; returns |gamma q|^2.
 template <class T>
-inline void scale_by_diagonal(const Pass2& a, const T* g, int64_t at, int64_t n, T* q) {
-  T* v = static_cast<T*>(a.accumulator) + at;
-  const T keep = static_cast<T>(a.keep), add = static_cast<T>(a.add);
-  const T eps = static_cast<T>(a.eps);
+inline double scale_by_scalar(T gamma, const T* q, int64_t n, T* r) {
+  double square = 0;
+#pragma omp simd reduction(+ : square)
   for (int64_t k = 0; k < n; ++k) {
-    v[k] = keep * v[k] + add * g[k] * g[k];
-    q[k] /= std::sqrt(v[k] + eps);
+    const double scaled = gamma * q[k];
+    square += scaled * scaled;
+    r[k] *= gamma;
   }
+  return square;
 }
 
 template <class T, class R, class F>
 void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
   const PairRing ring(a.counters, static_cast<int>(a.y_ring.rows));
-  if (!step_is_accepted(a.projections + ring.slots, a.counters)) return;
+  const double* flags = a.projections + ring.slots;
+  if (!step_is_accepted(flags, a.counters)) return;
   const auto y = pair_rows<R>(a.y_ring, ring);
   auto minus_a = by_age<T>(backward(a.gram, ring, a.projections), ring);
   for (T& number : minus_a) number = -number;
+  const Averages& averages = a.averages;
+  const LookAhead look(a.counters, averages.beta);
+  const T clip = static_cast<T>(clip_factor(flags, a.gradient.max_norm));
+  const T correction =
+      static_cast<T>(bias_correction(a.counters, averages.keep, averages.correct_bias));
   const T gamma = static_cast<T>(scalar_initial_matrix(a.gram, ring));
   T* direction = static_cast<T*>(a.direction);
-  F* newest = row<F>(a.fisher, a.counters[counter::next_gradient]);
-  PartialSums partial(a.gradient.tensors.size(), ring.pairs);
+  F* newest = a.fisher.rows > 0 ? row<F>(a.fisher, a.counters[counter::next_gradient]) : nullptr;
+  PartialSums partial(a.gradient.tensors.size(), ring.pairs + 1);
   const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
+    double* sums = partial.of(index);
     for_blocks(begin, end, [&](int64_t at, int64_t n) {
-      T g[kBlock], r[kBlock];
-      load_gradient(a.gradient, at, n, g);
-      std::copy_n(g, n, r);
+      T g[kBlock], blended[kBlock], r[kBlock];
+      load_gradient(a.gradient, clip, at, n, g);
+      const T* q = averages.momentum != nullptr ? blended : g;
+      if (q == blended) blend(averages, look, g, at, n, blended);
+      std::copy_n(q, n, r);
       add_combination(y, minus_a, at, n, r);
-      if (a.accumulator != nullptr) {
-        scale_by_diagonal(a, g, at, n, r);
-      } else {
-        for (int64_t k = 0; k < n; ++k) r[k] *= gamma;
+      if (averages.accumulator != nullptr) {
+        sums[ring.pairs] += scale_by_diagonal(averages, correction, g, q, at, n, r);
+      } else if (!a.identity) {
+        sums[ring.pairs] += scale_by_scalar(gamma, q, n, r);
       }
-      for (int64_t k = 0; k < n; ++k) newest[at + k] = convert<F>(g[k]);
+      if (newest != nullptr) {
+        for (int64_t k = 0; k < n; ++k) newest[at + k] = convert<F>(g[k]);
+      }
       std::copy_n(r, n, direction + at);
-      add_products(y, at, n, r, partial.of(index));
+      if (!a.identity) add_products(y, at, n, r, sums);
     });
   };
   for_chunks(parallel_for, a.gradient.tensors.size(), Order::backward, chunk);
-  scatter_by_slot(partial.total().data(), ring, a.images);
-}
-
-/// w = (1 - lr weight_decay) w - lr p for elements begin..begin+n.
-template <class T>
-inline void descend(const std::vector<Rates>& rates, int64_t begin, int64_t n, const T* p, T* w) {
-  auto run = std::upper_bound(rates.begin(), rates.end(), begin,
-                              [](int64_t at, const Rates& r) { return at < r.end; });
-  for (int64_t k = 0; k < n; ++run) {
-    const int64_t end = std::min(n, run->end - begin);
-    const T lr = static_cast<T>(run->lr);
-    const T shrink = static_cast<T>(1 - run->lr * run->weight_decay);
-    for (; k < end; ++k) w[k] = shrink * w[k] - lr * p[k];
-  }
+  if (a.identity) return;
+  const auto total = partial.total();
+  scatter_by_slot(total.data(), ring, a.images);
+  a.images[ring.slots] = total[ring.pairs];
 }
 
 template <class T, class R>
-void pass3(ParallelFor parallel_for, const Pass3& a, T, R) {
+void images(ParallelFor parallel_for, const Images& a, T, R) {
+  const PairRing ring(a.counters, static_cast<int>(a.y_ring.rows));
+  if (!step_is_accepted(a.projections + ring.slots, a.counters)) return;
+  const auto y = pair_rows<R>(a.y_ring, ring);
+  const T* direction = static_cast<const T*>(a.direction);
+  PartialSums partial(a.y_ring.columns, ring.pairs);
+  const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
+    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+      add_products(y, at, n, direction + at, partial.of(index));
+    });
+  };
+  for_chunks(parallel_for, a.y_ring.columns, Order::backward, chunk);
+  scatter_by_slot(partial.total().data(), ring, a.images);
+}
+
+/// p = r + sum_i c_i s_i, of which r is in memory.
+template <class T, class R>
+struct Direction {
+  T* r;
+  std::vector<const R*> s;
+  std::vector<T> c;
+};
+
+/// p takes the place of r.  Returns min(1, max_direction |H0 q| / |p|).
+template <class T, class R>
+double cap_direction(ParallelFor parallel_for, const Pass3& a, Direction<T, R>& p) {
+  PartialSums partial(a.params.size(), 1);
+  const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
+    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+      add_combination(p.s, p.c, at, n, p.r + at);
+      *partial.of(index) += sum_of_squares(p.r + at, n);
+    });
+  };
+  for_chunks(parallel_for, a.params.size(), Order::forward, chunk);
+  p.s.clear();
+  p.c.clear();
+  const double size = std::sqrt(partial.total()[0]);
+  const double limit = a.max_direction * std::sqrt(a.images[a.s_ring.rows]);
+  return size > limit ? limit / size : 1;
+}
+
+/// w_sum += w;  w = (1 - lr weight_decay) w - lr p.
+template <class T, class R>
+void move(ParallelFor parallel_for, const Pass3& a, const PairRing& ring, T, R) {
+  const auto coefficients = forward(a.gram, ring, a.projections, a.images);
+  Direction<T, R> p{static_cast<T*>(a.direction), pair_rows<R>(a.s_ring, ring),
+                    by_age<T>(coefficients, ring)};
+  const bool capped = a.max_direction < std::numeric_limits<double>::infinity();
+  const double factor = capped ? cap_direction(parallel_for, a, p) : 1;
+  T* sum = static_cast<T*>(a.iterate_sum);
+  const auto chunk = [&](int64_t, int64_t begin, int64_t end) {
+    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+      T block[kBlock], w[kBlock];
+      std::copy_n(p.r + at, n, block);
+      add_combination(p.s, p.c, at, n, block);
+      a.params.load(at, n, w);
+      if (sum != nullptr) {
+        for (int64_t k = 0; k < n; ++k) sum[at + k] += w[k];
+      }
+      descend(a.rates, factor, at, n, block, w);
+      a.params.store(at, n, w);
+    });
+  };
+  for_chunks(parallel_for, a.params.size(), capped ? Order::backward : Order::forward, chunk);
+}
+
+template <class T, class R>
+void pass3(ParallelFor parallel_for, const Pass3& a, T t, R r) {
   const PairRing ring(a.counters, static_cast<int>(a.s_ring.rows));
   const double* flags = a.projections + ring.slots;
   const bool accepted = step_is_accepted(flags, a.counters);
   if (accepted) {
-    const auto s = pair_rows<R>(a.s_ring, ring);
-    const auto c = by_age<T>(forward(a.gram, ring, a.projections, a.images), ring);
-    const T* direction = static_cast<const T*>(a.direction);
-    T* sum = static_cast<T*>(a.iterate_sum);
-    const auto chunk = [&](int64_t, int64_t begin, int64_t end) {
-      for_blocks(begin, end, [&](int64_t at, int64_t n) {
-        T p[kBlock], w[kBlock];
-        std::copy_n(direction + at, n, p);
-        add_combination(s, c, at, n, p);
-        a.params.load(at, n, w);
-        for (int64_t k = 0; k < n; ++k) sum[at + k] += w[k];
-        descend(a.rates, at, n, p, w);
-        a.params.store(at, n, w);
-      });
-    };
-    for_chunks(parallel_for, a.params.size(), Order::forward, chunk);
+    move(parallel_for, a, ring, t, r);
+    const LookAhead look(a.counters, a.beta);
+    for (int age = 0; age < ring.pairs; ++age) {
+      const int i = ring.slot(age);
+      a.moments[i] = look.next_moment(a.moments[i], a.projections[i]);
+    }
   }
   count_step(a.counters, flags, accepted, a.fisher_size);
 }
@@ -166,6 +207,12 @@ void direction_pass2(ParallelFor parallel_for, const Pass2& a) {
     with_ring_type<decltype(t)>(a.y_ring.dtype, [&](auto r) {
       with_ring_type<decltype(t)>(a.fisher.dtype, [&](auto f) { pass2(parallel_for, a, t, r, f); });
     });
+  });
+}
+
+void direction_images(ParallelFor parallel_for, const Images& a) {
+  with_vector_type(a.dtype, [&](auto t) {
+    with_ring_type<decltype(t)>(a.y_ring.dtype, [&](auto r) { images(parallel_for, a, t, r); });
   });
 }
 

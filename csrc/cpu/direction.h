@@ -4,26 +4,13 @@
 
 #include <vector>
 
+#include "averages.h"
+#include "gradient.h"
 #include "parallel.h"
+#include "rates.h"
 #include "rows.h"
-#include "scattered.h"
 
 namespace adaqn::cpu {
-
-/// The gradient to descend: tensors / scale, negated to maximize.
-struct Gradient {
-  Scattered tensors;
-  bool scaled;
-  double scale;
-  bool maximize;
-};
-
-/// The rates of elements up to `end`, from the end of the run before.
-struct Rates {
-  int64_t end;
-  double lr;
-  double weight_decay;
-};
 
 struct Pass1 {
   const Gradient& gradient;
@@ -31,6 +18,8 @@ struct Pass1 {
   Matrix s_ring;
   const int64_t* counters;
   double found_inf;
+  double beta;
+  const double* moments;
   double* projections;
 };
 
@@ -41,12 +30,19 @@ struct Pass2 {
   const double* gram;
   const int64_t* counters;
   const double* projections;
-  double keep;
-  double add;
-  double eps;
-  void* accumulator;  ///< null: the scalar initial matrix
-  Matrix fisher;
+  Averages averages;
+  bool identity;  ///< another initial matrix is applied between this pass and direction_images
+  Matrix fisher;  ///< without rows: gradients are not kept
   void* direction;
+  double* images;
+};
+
+struct Images {
+  Dtype dtype;
+  const void* direction;
+  Matrix y_ring;
+  const double* projections;
+  const int64_t* counters;
   double* images;
 };
 
@@ -57,15 +53,19 @@ struct Pass3 {
   const double* gram;
   const double* projections;
   const double* images;
-  const void* direction;
+  void* direction;
+  double beta;
+  double max_direction;
   const std::vector<Rates>& rates;
   int64_t fisher_size;
-  void* iterate_sum;
+  void* iterate_sum;  ///< null: iterates are not summed
+  double* moments;
   int64_t* counters;
 };
 
 void direction_pass1(ParallelFor parallel_for, const Pass1& a);
 void direction_pass2(ParallelFor parallel_for, const Pass2& a);
+void direction_images(ParallelFor parallel_for, const Images& a);
 void direction_pass3(ParallelFor parallel_for, const Pass3& a);
 
 }  // namespace adaqn::cpu

@@ -1,7 +1,8 @@
 // Products of many rows with one vector, and sums of many rows, one block of columns at a time.
 //
-// R is the dtype of the rows in memory, T that of arithmetic and of blocks.  Lanes of a sum are as
-// wide as the machine's vectors and at most a block long; the sums of blocks are doubles.
+// R is the dtype of the rows in memory, T that of arithmetic and of blocks.  Lanes of a product are
+// as wide as the machine's vectors and at most a block long; the sums of blocks are doubles, and so
+// are squares, which neither overflow nor vanish then.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,13 @@ struct Matrix {
 template <class R>
 R* row(const Matrix& matrix, int64_t index) {
   return static_cast<R*>(matrix.data) + index * matrix.columns;
+}
+
+/// The one row of a vector that may be null: no row then.
+template <class T>
+std::vector<const T*> optional_row(const void* vector) {
+  if (vector == nullptr) return {};
+  return {static_cast<const T*>(vector)};
 }
 
 /// sums[i] += rows[i][at..at+n] . x
@@ -75,6 +83,18 @@ inline void add_combination(const std::vector<const R*>& rows, const std::vector
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) x[k] += c * widen(r[k]);
   }
+}
+
+/// |x|^2
+template <class T>
+inline double sum_of_squares(const T* x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < n; ++k) {
+    const double wide = x[k];
+    sum += wide * wide;
+  }
+  return sum;
 }
 
 }  // namespace adaqn::cpu

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/curvature.h"
+#include "../cpu/diagonal.h"
 #include "../cpu/direction.h"
 #include "../cpu/iterate.h"
 #include "arguments.h"
@@ -35,6 +36,12 @@ Dtype dtype_of(const Tensor& tensor, const Name& name) {
   }
 }
 
+/// The dtype of vectors in the state.
+Dtype vector_dtype(const Tensor& tensor, const Name& name) {
+  check_vector_dtype(tensor, name);
+  return dtype_of(tensor, name);
+}
+
 ScalarType scalar_type(Dtype dtype) {
   return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
@@ -45,6 +52,12 @@ void* vector_of(const Tensor& tensor, const Name& name, const Place& place, int6
   check_shape(tensor, name, place, {size});
   check_dtype(tensor, name, scalar_type(dtype));
   return tensor.mutable_data_ptr();
+}
+
+/// The same, or null where there is none.
+void* optional_vector_of(const OptionalTensor& tensor, const Name& name, const Place& place,
+                         int64_t size, Dtype dtype) {
+  return tensor ? vector_of(*tensor, name, place, size, dtype) : nullptr;
 }
 
 /// A ring of the state with one column per scalar parameter.
@@ -95,14 +108,18 @@ int64_t* counters_of(const Tensor& tensor, const Place& place) {
   return static_cast<int64_t*>(tensor.mutable_data_ptr());
 }
 
+/// Without slots there are no pairs.
 void check_pair_words(const int64_t* counters, int64_t slots) {
-  check_word(counters, counter::pairs, "pairs", 0, slots - 1);
-  check_word(counters, counter::oldest_pair, "oldest pair", 0, slots - 1);
+  const int64_t last = std::max<int64_t>(slots - 1, 0);
+  check_word(counters, counter::pairs, "pairs", 0, last);
+  check_word(counters, counter::oldest_pair, "oldest pair", 0, last);
 }
 
+/// A Fisher ring without rows counts as one of one.
 void check_gradient_words(const int64_t* counters, int64_t fisher_size) {
-  check_word(counters, counter::gradients, "gradients", 0, fisher_size);
-  check_word(counters, counter::next_gradient, "next gradient", 0, fisher_size - 1);
+  const int64_t size = std::max<int64_t>(fisher_size, 1);
+  check_word(counters, counter::gradients, "gradients", 0, size);
+  check_word(counters, counter::next_gradient, "next gradient", 0, size - 1);
 }
 
 // ---------------------------------------------------------------- lists of tensors
@@ -146,9 +163,10 @@ Scattered grads_of(const OptionalTensors& grads, const Tensors& params, const Pl
 }
 
 cpu::Gradient gradient_of(const Tensors& params, const OptionalTensors& grads,
-                          const OptionalTensor& grad_scale, bool maximize, const Place& place) {
+                          const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
+                          const Place& place) {
   return {grads_of(grads, params, place), grad_scale.has_value(),
-          number_or(grad_scale, {"grad_scale"}, place, 1), maximize};
+          number_or(grad_scale, {"grad_scale"}, place, 1), maximize, max_grad_norm};
 }
 
 /// The state's dtype, from the parameters as layout.state_dtype has it.
@@ -190,10 +208,30 @@ std::vector<cpu::Rates> rates_of(const Tensors& params, const std::vector<int64_
 
 // ---------------------------------------------------------------- the step
 
+/// The rows of s or y: none, or at least one pair's and the free one.
+Matrix pairs_of(const Tensor& tensor, const Name& name, const Place& place, int64_t columns,
+                Dtype dtype) {
+  const Matrix ring = ring_of(tensor, name, place, 0, columns, dtype);
+  if (ring.rows == 1) fail(name, "expected no rows or at least 2, got 1");
+  return ring;
+}
+
+cpu::Averages averages_of(double beta, double keep, double add, double eps, bool correct_bias,
+                          const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                          const Place& place, int64_t size, Dtype dtype) {
+  return {beta,
+          optional_vector_of(momentum, {"momentum"}, place, size, dtype),
+          keep,
+          add,
+          eps,
+          correct_bias,
+          optional_vector_of(accumulator, {"accumulator"}, place, size, dtype)};
+}
+
 cpu::Pass1 pass1_of(const cpu::Gradient& gradient, Dtype dtype, const Tensor& s_ring,
-                    const Tensor& counters, const OptionalTensor& found_inf,
-                    const Tensor& projections, const Place& place) {
-  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, gradient.tensors.size(), dtype);
+                    const Tensor& counters, const OptionalTensor& found_inf, double beta,
+                    const Tensor& moments, const Tensor& projections, const Place& place) {
+  const Matrix s = pairs_of(s_ring, {"s_ring"}, place, gradient.tensors.size(), dtype);
   const int64_t* words = counters_of(counters, place);
   check_pair_words(words, s.rows);
   return {gradient,
@@ -201,18 +239,18 @@ cpu::Pass1 pass1_of(const cpu::Gradient& gradient, Dtype dtype, const Tensor& s_
           s,
           words,
           number_or(found_inf, {"found_inf"}, place, 0),
+          beta,
+          doubles_of(moments, {"moments"}, place, {s.rows}),
           doubles_of(projections, {"projections"}, place, {s.rows + flag::count})};
 }
 
-cpu::Pass2 pass2_of(const cpu::Gradient& gradient, const Tensor& y_ring, const Tensor& gram,
-                    const Tensor& counters, const Tensor& projections, double keep, double add,
-                    double eps, const OptionalTensor& accumulator, const Tensor& fisher,
+cpu::Pass2 pass2_of(const cpu::Gradient& gradient, Dtype dtype, const Tensor& y_ring,
+                    const Tensor& gram, const Tensor& counters, const Tensor& projections,
+                    const cpu::Averages& averages, bool identity, const Tensor& fisher,
                     const Tensor& direction, const Tensor& images, const Place& place) {
-  check_vector_dtype(direction, {"direction"});
-  const Dtype dtype = dtype_of(direction, {"direction"});
   const int64_t size = gradient.tensors.size();
-  const Matrix y = ring_of(y_ring, {"y_ring"}, place, 2, size, dtype);
-  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, dtype);
+  const Matrix y = pairs_of(y_ring, {"y_ring"}, place, size, dtype);
+  const Matrix f = ring_of(fisher, {"fisher"}, place, 0, size, dtype);
   const int64_t* words = counters_of(counters, place);
   check_pair_words(words, y.rows);
   check_gradient_words(words, f.rows);
@@ -222,22 +260,20 @@ cpu::Pass2 pass2_of(const cpu::Gradient& gradient, const Tensor& y_ring, const T
           doubles_of(gram, {"gram"}, place, {y.rows + 1, y.rows}),
           words,
           doubles_of(projections, {"projections"}, place, {y.rows + flag::count}),
-          keep,
-          add,
-          eps,
-          accumulator ? vector_of(*accumulator, {"accumulator"}, place, size, dtype) : nullptr,
+          averages,
+          identity,
           f,
           vector_of(direction, {"direction"}, place, size, dtype),
-          doubles_of(images, {"images"}, place, {y.rows})};
+          doubles_of(images, {"images"}, place, {y.rows + 1})};
 }
 
 cpu::Pass3 pass3_of(const Scattered& params, const std::vector<cpu::Rates>& rates,
                     const Tensor& s_ring, const Tensor& gram, const Tensor& projections,
-                    const Tensor& images, const Tensor& direction, int64_t fisher_size,
-                    const Tensor& iterate_sum, const Tensor& counters, const Place& place) {
-  check_vector_dtype(direction, {"direction"});
-  const Dtype dtype = dtype_of(direction, {"direction"});
-  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, params.size(), dtype);
+                    const Tensor& images, const Tensor& direction, double beta,
+                    double max_direction, int64_t fisher_size, const OptionalTensor& iterate_sum,
+                    const Tensor& moments, const Tensor& counters, const Place& place) {
+  const Dtype dtype = vector_dtype(direction, {"direction"});
+  const Matrix s = pairs_of(s_ring, {"s_ring"}, place, params.size(), dtype);
   int64_t* words = counters_of(counters, place);
   check_pair_words(words, s.rows);
   if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
@@ -246,34 +282,44 @@ cpu::Pass3 pass3_of(const Scattered& params, const std::vector<cpu::Rates>& rate
           s,
           doubles_of(gram, {"gram"}, place, {s.rows + 1, s.rows}),
           doubles_of(projections, {"projections"}, place, {s.rows + flag::count}),
-          doubles_of(images, {"images"}, place, {s.rows}),
+          doubles_of(images, {"images"}, place, {s.rows + 1}),
           vector_of(direction, {"direction"}, place, params.size(), dtype),
+          beta,
+          max_direction,
           rates,
           fisher_size,
-          vector_of(iterate_sum, {"iterate_sum"}, place, params.size(), dtype),
+          optional_vector_of(iterate_sum, {"iterate_sum"}, place, params.size(), dtype),
+          doubles_of(moments, {"moments"}, place, {s.rows}),
           words};
 }
 
 void direction_step(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
                     const Tensor& y_ring, const Tensor& gram, const OptionalTensor& grad_scale,
-                    const OptionalTensor& found_inf, bool maximize, double keep, double add,
-                    double eps, const std::vector<int64_t>& group_sizes,
+                    const OptionalTensor& found_inf, bool maximize, double max_grad_norm,
+                    double beta, double keep, double add, double eps, bool correct_bias,
+                    double max_direction, const std::vector<int64_t>& group_sizes,
                     const std::vector<double>& lr, const std::vector<double>& weight_decay,
                     const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
-                    const OptionalTensor& accumulator, const Tensor& fisher,
-                    const Tensor& iterate_sum, const Tensor& direction, const Tensor& projections,
+                    const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                    const Tensor& fisher, const OptionalTensor& iterate_sum,
+                    const Tensor& direction, const Tensor& moments, const Tensor& projections,
                     const Tensor& images, const Tensor& counters) {
   const Place place(s_ring);
+  const Dtype dtype = vector_dtype(direction, {"direction"});
   const Scattered vector = params_of(params, place);
-  const cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, place);
+  const cpu::Gradient gradient =
+      gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
   const auto rates =
       rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
-  const auto second = pass2_of(gradient, y_ring, gram, counters, projections, keep, add, eps,
-                               accumulator, fisher, direction, images, place);
+  const auto averages = averages_of(beta, keep, add, eps, correct_bias, momentum, accumulator,
+                                    place, vector.size(), dtype);
+  const auto second = pass2_of(gradient, dtype, y_ring, gram, counters, projections, averages,
+                               false, fisher, direction, images, place);
   const auto first =
-      pass1_of(gradient, second.dtype, s_ring, counters, found_inf, projections, place);
-  const auto third = pass3_of(vector, rates, s_ring, gram, projections, images, direction,
-                              second.fisher.rows, iterate_sum, counters, place);
+      pass1_of(gradient, dtype, s_ring, counters, found_inf, beta, moments, projections, place);
+  const auto third =
+      pass3_of(vector, rates, s_ring, gram, projections, images, direction, beta, max_direction,
+               std::max<int64_t>(second.fisher.rows, 1), iterate_sum, moments, counters, place);
   cpu::direction_pass1(parallel_for, first);
   cpu::direction_pass2(parallel_for, second);
   cpu::direction_pass3(parallel_for, third);
@@ -281,38 +327,85 @@ void direction_step(const Tensors& params, const OptionalTensors& grads, const T
 
 void direction_pass1(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
                      const Tensor& counters, const OptionalTensor& grad_scale,
-                     const OptionalTensor& found_inf, bool maximize, const Tensor& projections) {
+                     const OptionalTensor& found_inf, bool maximize, double max_grad_norm,
+                     double beta, const Tensor& moments, const Tensor& projections) {
   const Place place(s_ring);
-  const cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, place);
+  const cpu::Gradient gradient =
+      gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
   cpu::direction_pass1(parallel_for, pass1_of(gradient, state_dtype(params), s_ring, counters,
-                                              found_inf, projections, place));
+                                              found_inf, beta, moments, projections, place));
 }
 
 void direction_pass2(const Tensors& params, const OptionalTensors& grads, const Tensor& y_ring,
                      const Tensor& gram, const Tensor& counters, const Tensor& projections,
-                     const OptionalTensor& grad_scale, bool maximize, double keep, double add,
-                     double eps, const OptionalTensor& accumulator, const Tensor& fisher,
+                     const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
+                     double beta, double keep, double add, double eps, bool correct_bias,
+                     bool identity, const OptionalTensor& momentum,
+                     const OptionalTensor& accumulator, const Tensor& fisher,
                      const Tensor& direction, const Tensor& images) {
   const Place place(y_ring);
-  const cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, place);
+  const Dtype dtype = vector_dtype(direction, {"direction"});
+  const cpu::Gradient gradient =
+      gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
+  const auto averages = averages_of(beta, keep, add, eps, correct_bias, momentum, accumulator,
+                                    place, gradient.tensors.size(), dtype);
   cpu::direction_pass2(parallel_for,
-                       pass2_of(gradient, y_ring, gram, counters, projections, keep, add, eps,
-                                accumulator, fisher, direction, images, place));
+                       pass2_of(gradient, dtype, y_ring, gram, counters, projections, averages,
+                                identity, fisher, direction, images, place));
+}
+
+void direction_images(const Tensor& direction, const Tensor& y_ring, const Tensor& counters,
+                      const Tensor& projections, const Tensor& images) {
+  const Place place(direction);
+  const Dtype dtype = vector_dtype(direction, {"direction"});
+  const int64_t size = direction.numel();
+  const Matrix y = pairs_of(y_ring, {"y_ring"}, place, size, dtype);
+  const int64_t* words = counters_of(counters, place);
+  check_pair_words(words, y.rows);
+  cpu::direction_images(
+      parallel_for, {dtype, vector_of(direction, {"direction"}, place, size, dtype), y,
+                     doubles_of(projections, {"projections"}, place, {y.rows + flag::count}), words,
+                     doubles_of(images, {"images"}, place, {y.rows + 1})});
 }
 
 void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& gram,
                      const Tensor& projections, const Tensor& images, const Tensor& direction,
-                     const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
-                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
-                     const OptionalTensor& weight_decay_tensor, int64_t fisher_size,
-                     const Tensor& iterate_sum, const Tensor& counters) {
+                     double beta, double max_direction, const std::vector<int64_t>& group_sizes,
+                     const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                     const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                     int64_t fisher_size, const OptionalTensor& iterate_sum, const Tensor& moments,
+                     const Tensor& counters) {
   const Place place(s_ring);
   const Scattered vector = params_of(params, place);
   const auto rates =
       rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
   cpu::direction_pass3(parallel_for,
-                       pass3_of(vector, rates, s_ring, gram, projections, images, direction,
-                                fisher_size, iterate_sum, counters, place));
+                       pass3_of(vector, rates, s_ring, gram, projections, images, direction, beta,
+                                max_direction, fisher_size, iterate_sum, moments, counters, place));
+}
+
+void diagonal_step(const Tensors& params, const OptionalTensors& grads,
+                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool maximize,
+                   double max_grad_norm, double beta, double keep, double add, double eps,
+                   bool correct_bias, const std::vector<int64_t>& group_sizes,
+                   const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                   const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                   const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                   const Tensor& projections, const Tensor& counters) {
+  const Place place(counters);
+  const Dtype dtype = state_dtype(params);
+  const Scattered vector = params_of(params, place);
+  const cpu::Gradient gradient =
+      gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
+  const auto rates =
+      rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  int64_t* words = counters_of(counters, place);
+  check_gradient_words(words, 1);
+  cpu::diagonal_step(
+      parallel_for, {vector, gradient, dtype, number_or(found_inf, {"found_inf"}, place, 0),
+                     averages_of(beta, keep, add, eps, correct_bias, momentum, accumulator, place,
+                                 vector.size(), dtype),
+                     rates, doubles_of(projections, {"projections"}, place, {flag::count}), words});
 }
 
 // ---------------------------------------------------------------- the averaged iterate
@@ -320,8 +413,7 @@ void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& 
 void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor& projections,
                   const Tensor& counters, const Tensor& saved) {
   const Place place(saved);
-  check_vector_dtype(saved, {"saved"});
-  const Dtype dtype = dtype_of(saved, {"saved"});
+  const Dtype dtype = vector_dtype(saved, {"saved"});
   const Scattered vector = params_of(params, place);
   const int64_t flags = projections.numel() - flag::count;
   if (flags < 0) fail({"projections"}, "expected at least ", int{flag::count}, " words");
@@ -335,8 +427,7 @@ void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor
 
 void iterate_restore(const Tensors& params, const Tensor& saved) {
   const Place place(saved);
-  check_vector_dtype(saved, {"saved"});
-  const Dtype dtype = dtype_of(saved, {"saved"});
+  const Dtype dtype = vector_dtype(saved, {"saved"});
   const Scattered vector = params_of(params, place);
   cpu::iterate_restore(parallel_for, vector, dtype,
                        vector_of(saved, {"saved"}, place, vector.size(), dtype));
@@ -346,47 +437,55 @@ void iterate_restore(const Tensors& params, const Tensor& saved) {
 
 cpu::Displacement displacement_of(const Tensor& iterate_sum, const Tensor& anchor,
                                   const Place& place) {
-  check_vector_dtype(anchor, {"anchor"});
-  const Dtype dtype = dtype_of(anchor, {"anchor"});
+  const Dtype dtype = vector_dtype(anchor, {"anchor"});
   const int64_t size = anchor.numel();
   return {dtype, vector_of(iterate_sum, {"iterate_sum"}, place, size, dtype),
           vector_of(anchor, {"anchor"}, place, size, dtype)};
 }
 
 void curvature_pass_a(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
-                      const Tensor& counters, const Tensor& weights) {
+                      const Tensor& counters, bool is_explicit, double damping,
+                      const OptionalTensor& image, const Tensor& weights) {
   const Place place(fisher);
+  const int64_t size = anchor.numel();
   const cpu::Displacement s = displacement_of(iterate_sum, anchor, place);
-  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, anchor.numel(), s.dtype);
+  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, s.dtype);
+  if (is_explicit && f.rows != 1) fail({"fisher"}, "expected 1 row, y itself, got ", f.rows);
   const int64_t* words = counters_of(counters, place);
   check_gradient_words(words, f.rows);
-  cpu::curvature_pass_a(parallel_for,
-                        {s, f, words, doubles_of(weights, {"weights"}, place, {f.rows})});
+  cpu::curvature_pass_a(parallel_for, {s, f, words, is_explicit, damping,
+                                       optional_vector_of(image, {"image"}, place, size, s.dtype),
+                                       doubles_of(weights, {"weights"}, place, {f.rows + 1})});
 }
 
 void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
-                      const Tensor& counters, const Tensor& weights, const Tensor& s_ring,
-                      const Tensor& y_ring, const Tensor& column) {
+                      const Tensor& counters, const Tensor& weights, const OptionalTensor& image,
+                      const OptionalTensor& momentum, const Tensor& s_ring, const Tensor& y_ring,
+                      const Tensor& column) {
   const Place place(fisher);
   const int64_t size = anchor.numel();
   const cpu::Displacement displacement = displacement_of(iterate_sum, anchor, place);
-  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, displacement.dtype);
-  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, size, displacement.dtype);
-  const Matrix y = ring_of(y_ring, {"y_ring"}, place, s.rows, size, displacement.dtype);
+  const Dtype dtype = displacement.dtype;
+  const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, dtype);
+  const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, size, dtype);
+  const Matrix y = ring_of(y_ring, {"y_ring"}, place, s.rows, size, dtype);
   check_shape(y_ring, {"y_ring"}, place, {s.rows, size});
   check_dtype(y_ring, {"y_ring"}, s_ring.scalar_type());
   const int64_t* words = counters_of(counters, place);
   check_pair_words(words, s.rows);
   check_gradient_words(words, f.rows);
   cpu::curvature_pass_b(
-      parallel_for, {displacement, f, words, doubles_of(weights, {"weights"}, place, {f.rows}), s,
-                     y, doubles_of(column, {"column"}, place, {s.rows + 1})});
+      parallel_for, {displacement, f, words, doubles_of(weights, {"weights"}, place, {f.rows + 1}),
+                     optional_vector_of(image, {"image"}, place, size, dtype),
+                     optional_vector_of(momentum, {"momentum"}, place, size, dtype), s, y,
+                     doubles_of(column, {"column"}, place, {s.rows + 2})});
 }
 
 void curvature_commit(const Tensors& params, const Tensor& column,
                       const OptionalTensor& monitored_loss, double min_curvature,
-                      double max_increase, const Tensor& gram, const Tensor& losses,
-                      const Tensor& anchor, const Tensor& iterate_sum, const Tensor& counters) {
+                      double max_increase, const Tensor& gram, const Tensor& moments,
+                      const Tensor& losses, const Tensor& anchor, const Tensor& iterate_sum,
+                      const OptionalTensor& momentum, const Tensor& counters) {
   const Place place(anchor);
   const cpu::Displacement state = displacement_of(iterate_sum, anchor, place);
   const Scattered vector = params_of(params, place);
@@ -394,18 +493,20 @@ void curvature_commit(const Tensors& params, const Tensor& column,
   const double monitored = number_or(monitored_loss, {"monitored_loss"}, place, 0);
   int64_t* words = counters_of(counters, place);
   check_pair_words(words, slots);
-  cpu::curvature_commit(parallel_for,
-                        {vector,
-                         state.dtype,
-                         static_cast<int>(slots),
-                         doubles_of(column, {"column"}, place, {slots + 1}),
-                         monitored_loss ? &monitored : nullptr,
-                         {min_curvature, max_increase},
-                         doubles_of(gram, {"gram"}, place, {slots + 1, slots}),
-                         doubles_of(losses, {"losses"}, place, {loss::count}),
-                         vector_of(anchor, {"anchor"}, place, vector.size(), state.dtype),
-                         vector_of(iterate_sum, {"iterate_sum"}, place, vector.size(), state.dtype),
-                         words});
+  cpu::curvature_commit(
+      parallel_for, {vector,
+                     state.dtype,
+                     static_cast<int>(slots),
+                     doubles_of(column, {"column"}, place, {slots + 2}),
+                     monitored_loss ? &monitored : nullptr,
+                     {min_curvature, max_increase},
+                     doubles_of(gram, {"gram"}, place, {slots + 1, slots}),
+                     doubles_of(moments, {"moments"}, place, {slots}),
+                     doubles_of(losses, {"losses"}, place, {loss::count}),
+                     vector_of(anchor, {"anchor"}, place, vector.size(), state.dtype),
+                     vector_of(iterate_sum, {"iterate_sum"}, place, vector.size(), state.dtype),
+                     optional_vector_of(momentum, {"momentum"}, place, vector.size(), state.dtype),
+                     words});
 }
 
 }  // namespace
@@ -415,7 +516,9 @@ STABLE_TORCH_LIBRARY_IMPL(adaqn, CPU, m) {
   m.impl("direction_step", TORCH_BOX(&adaqn::direction_step));
   m.impl("direction_pass1", TORCH_BOX(&adaqn::direction_pass1));
   m.impl("direction_pass2", TORCH_BOX(&adaqn::direction_pass2));
+  m.impl("direction_images", TORCH_BOX(&adaqn::direction_images));
   m.impl("direction_pass3", TORCH_BOX(&adaqn::direction_pass3));
+  m.impl("diagonal_step", TORCH_BOX(&adaqn::diagonal_step));
   m.impl("iterate_swap", TORCH_BOX(&adaqn::iterate_swap));
   m.impl("iterate_restore", TORCH_BOX(&adaqn::iterate_restore));
   m.impl("curvature_pass_a", TORCH_BOX(&adaqn::curvature_pass_a));

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "../../csrc/common/acceptance.h"
+#include "../../csrc/common/averages.h"
+#include "../../csrc/common/damping.h"
 #include "../../csrc/common/pair_update.h"
 #include "../../csrc/common/recursion.h"
 
@@ -39,16 +41,34 @@ std::pair<bool, Words> step(Words counters, const Doubles& flags, int64_t fisher
   return {accepted, counters};
 }
 
+double clip(const Doubles& flags, double max_norm) { return clip_factor(flags.data(), max_norm); }
+
+std::pair<double, double> look_ahead(const Words& counters, double beta) {
+  const LookAhead look(counters.data(), beta);
+  return {look.of_old, look.of_gradient};
+}
+
+/// u from s.m and s.g, and s.m of the new momentum.
+std::pair<double, double> follow(const Words& counters, double beta, double s_m, double s_g) {
+  const LookAhead look(counters.data(), beta);
+  const double u = look.projection(s_m, s_g);
+  return {u, look.next_moment(s_m, u)};
+}
+
+double correction(const Words& counters, double keep, bool enabled) {
+  return bias_correction(counters.data(), keep, enabled);
+}
+
 py::tuple pair_update(Words counters, int slots, const Doubles& column, Doubles losses,
                       std::optional<double> loss, double min_curvature, double max_increase,
-                      Doubles gram) {
+                      Doubles gram, Doubles moments) {
   const double* monitored = loss ? &*loss : nullptr;
   const PairUpdate outcome =
       decide_pair_update(counters.data(), slots, column.data(), losses.data(), monitored,
                          {min_curvature, max_increase});
-  record_pair_update(outcome, slots, column.data(), monitored, gram.data(), losses.data(),
-                     counters.data());
-  return py::make_tuple(static_cast<int>(outcome), gram, losses, counters);
+  record_pair_update(outcome, slots, column.data(), monitored, gram.data(), moments.data(),
+                     losses.data(), counters.data());
+  return py::make_tuple(static_cast<int>(outcome), gram, moments, losses, counters);
 }
 
 }  // namespace
@@ -60,15 +80,23 @@ PYBIND11_MODULE(adaqn_common_test, m) {
       {"ITERATES", counter::iterates},   {"ANCHORED", counter::anchored},
       {"STORED", counter::stored},       {"SKIPPED", counter::skipped},
       {"RESETS", counter::resets},       {"STEPS_SKIPPED", counter::steps_skipped},
+      {"ACCEPTED", counter::accepted},
   };
   m.attr("LOSSES") = std::vector<std::pair<std::string, int>>{{"ANCHOR", loss::anchor},
                                                               {"MONITORED", loss::monitored}};
   // Counted from the end, as in layout.py.
-  m.attr("FLAGS") = std::vector<std::pair<std::string, int>>{
-      {"NONFINITE", flag::nonfinite - flag::count}, {"NONZERO", flag::nonzero - flag::count}};
+  m.attr("FLAGS") =
+      std::vector<std::pair<std::string, int>>{{"NONFINITE", flag::nonfinite - flag::count},
+                                               {"NONZERO", flag::nonzero - flag::count},
+                                               {"SQUARE", flag::square - flag::count}};
   m.def("backward", backward);
   m.def("forward", forward);
   m.def("scalar_initial_matrix", newest_ratio);
   m.def("step", step);
+  m.def("clip_factor", clip);
+  m.def("look_ahead", look_ahead);
+  m.def("follow", follow);
+  m.def("bias_correction", correction);
+  m.def("damping_factor", damping_factor);
   m.def("pair_update", pair_update);
 }
