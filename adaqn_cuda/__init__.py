@@ -3,6 +3,7 @@
 from .adaqn import AdaQN
 from .blocks import rnn_blocks
 from .options import PAPER
+from .products import gauss_newton, hessian
 from .version import __version__
 
-__all__ = ["PAPER", "AdaQN", "__version__", "rnn_blocks"]
+__all__ = ["PAPER", "AdaQN", "__version__", "gauss_newton", "hessian", "rnn_blocks"]

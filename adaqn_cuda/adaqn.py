@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from numbers import Number, Real
 from typing import Any
@@ -35,42 +36,85 @@ Monitor = Callable[[], "Tensor | float"]
 
 
 class AdaQN(Optimizer):
-    r"""Implements adaQN, a stochastic quasi-Newton method with an adaptive diagonal.
+    r"""Implements adaQN, a stochastic quasi-Newton method on an adaptive initial matrix.
 
-    The step is :math:`w \leftarrow w - \alpha H g`, where :math:`H` is the L-BFGS inverse Hessian
-    of the stored curvature pairs :math:`(s_i, y_i)` on top of the diagonal
-    :math:`H^0 = \mathrm{diag}(v + \epsilon)^{-1/2}` of Adagrad or RMSprop. Every
-    ``update_interval`` steps a new pair is tried: :math:`s` is the difference of two averaged
-    iterates and :math:`y = \frac{1}{|F|} \sum_i F_i (F_i^\top s)` the product of the accumulated
-    empirical Fisher matrix with it. If a monitored loss has grown by more than ``max_increase``,
-    all pairs and gradients are dropped and the parameters go back to the last averaged iterate
-    that was accepted. See `adaQN: An Adaptive Quasi-Newton Algorithm for Training RNNs`_,
-    Algorithm 1.
+    The step is :math:`w \leftarrow w - \alpha H q`, where :math:`q` is the gradient, or its
+    momentum, and :math:`H` the L-BFGS inverse Hessian of the stored curvature pairs
+    :math:`(s_i, y_i)` on top of an initial matrix :math:`H^0`. Without pairs, which is the default,
+    :math:`H = H^0`.
 
-    The state takes :math:`4 + 2 (\text{history\_size} + 1) + \text{fisher\_size}` numbers per
-    parameter, in float32 (float64 if a parameter is): 232 bytes with the defaults, of which
-    ``fisher_size`` takes 4 bytes a gradient and ``history_size`` 8 bytes a pair. With
-    ``init="scalar"`` it is one number less.
+    With ``history_size`` pairs, every ``update_interval`` steps a new one is tried: :math:`s` is
+    the difference of two averaged iterates, and :math:`y` is what ``curvature`` says, by default
+    :math:`y = \frac{1}{|F|} \sum_i F_i (F_i^\top s)`, the product of the accumulated empirical
+    Fisher matrix with it. If a monitored loss has grown by more than ``max_increase``, all pairs
+    and gradients are dropped and the parameters go back to the last averaged iterate that was
+    accepted. See `adaQN: An Adaptive Quasi-Newton Algorithm for Training RNNs`_, Algorithm 1;
+    ``AdaQN(params, **PAPER)`` is its setting.
+
+    :math:`H^0` is one of
+
+    - ``"kronecker"``: for a matrix block :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
+      Q_R) / \sqrt{v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the averages of
+      :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`,
+      close to `SOAP`_;
+    - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
+      average, or the sum, of :math:`g^2`;
+    - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none.
+
+    The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
+    :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
+    \text{fisher\_size}` more. ``"kronecker"`` adds :math:`2 a^2 + 2 b^2` for each a x b block, and
+    without pairs 1 per parameter. ``repr(optimizer)`` tells the bytes before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.
             float16 and bfloat16 parameters keep float32 state; complex ones count as pairs of real
             numbers. All parameters live on one device.
         lr (float, Tensor, optional): step length :math:`\alpha` (default: 1e-2).
-        history_size (int, optional): curvature pairs kept, :math:`m_L` (default: 10).
+        history_size (int, optional): curvature pairs kept, :math:`m_L`; 0 for none (default: 0).
         fisher_size (int, optional): recent gradients kept for the Fisher product, :math:`m_F`
-            (default: 32).
+            (default: 16).
         update_interval (int, optional): calls of :meth:`step` between two pair updates, :math:`L`
             (default: 10).
-        init (str, optional): initial inverse Hessian: ``"adagrad"`` sums squared gradients,
-            ``"rmsprop"`` averages them, ``"scalar"`` is :math:`s^\top y / y^\top y` of the newest
-            pair (default: ``"rmsprop"``).
-        decay (float, optional): decay of the RMSprop average, in [0, 1) (default: 0.9).
-        eps (float, optional): added to :math:`v` inside the square root (default: 2**-26).
+        init (str, optional): initial inverse Hessian: ``"kronecker"``, ``"rmsprop"``,
+            ``"adagrad"`` or ``"scalar"`` (default: ``"kronecker"``).
+        decay (float, optional): decay of the average :math:`v`, in [0, 1) (default: 0.98).
+        eps (float, optional): added to :math:`v` inside the square root (default: 1e-16).
         min_curvature (float, optional): a pair is stored only if
             :math:`s^\top y / y^\top y` exceeds it (default: 1e-4).
         max_increase (float, optional): ratio of monitored losses, at least 1, beyond which the
             memory is reset, :math:`\gamma` (default: 1.01).
+        curvature (str or Callable, optional): where :math:`y` comes from. ``"fisher"``: the
+            paper's Fisher product. ``"gradients"``: the change of the averaged gradient that the
+            steps saw; right where every step sees the same batch (full-batch training).
+            ``"difference"``: the difference of the gradients of ``curvature_closure`` at the two
+            averaged iterates. A callable: called with the parameters holding the averaged iterate
+            and with a dict from each parameter to its part of :math:`s`, returns a mapping from
+            parameters to their parts of :math:`y`; see :func:`adaqn_cuda.gauss_newton` and
+            :func:`adaqn_cuda.hessian`. Not copied or pickled: assign ``curvature_product`` anew
+            then (default: ``"fisher"``).
+        curvature_closure (Callable, optional): returns the loss on the current batch, with its
+            graph and without calling backward. Can be assigned later, e.g. anew in every step; not
+            copied or pickled (default: ``None``).
+        momentum (float, optional): decay :math:`\beta` of the averaged gradient, in [0, 1);
+            bias-corrected, with Nesterov's look-ahead: :math:`m_t = \beta m_{t-1} + (1-\beta) g`,
+            :math:`q = \beta m_t / (1-\beta^{t+1}) + (1-\beta) g / (1-\beta^t)` (default: 0.8).
+        damping (float, optional): :math:`\delta` of Powell's damping, in [0, 1): :math:`y` is mixed
+            with :math:`(H^0)^{-1} s` such that :math:`s^\top y \ge \delta s^\top (H^0)^{-1} s`
+            (default: 0.2).
+        max_direction (float, optional): the direction is scaled down to at most this multiple of
+            :math:`|H^0 q|`; infinity turns it off (default: 1.0).
+        bias_correction (bool, optional): divide :math:`v` by :math:`1 - \text{decay}^t`
+            (default: ``True``).
+        max_grad_norm (float, optional): the gradient is clipped to this norm, as by
+            :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
+        max_factor_dim (int, optional): sides of a matrix longer than this, such as an embedding's
+            vocabulary, get no factor of their own in ``"kronecker"`` (default: 600).
+        factor_interval (int, optional): calls of :meth:`step` between two updates of the eigenbases
+            (default: 5).
+        blocks (Mapping[Tensor, int], optional): parameters that are several matrices on top of
+            each other, and how many: they get factors of their own. ``rnn_blocks(model)`` gives it
+            for LSTM and GRU layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients at every pair update, with the
             parameters holding the averaged iterate; should be deterministic. ``None`` turns
@@ -88,28 +132,30 @@ class AdaQN(Optimizer):
             synchronisation (default: ``True``).
         differentiable (bool, optional): must be ``False``.
 
-    ``lr`` and ``weight_decay`` may differ between parameter groups; everything else is common to
-    all, because the curvature is one matrix. Parameters without a gradient count as having a zero
-    gradient.
+    ``lr``, ``weight_decay`` and ``blocks`` may differ between parameter groups; everything else is
+    common to all, because the curvature is one matrix. Parameters without a gradient count as
+    having a zero gradient.
 
     A step whose gradient holds an infinity or a NaN (or overflowed under
     :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]``. If the
-    gradient, the closure or the monitor raises, nothing has changed either.
+    gradient, the closure, the monitor or ``curvature`` raises, nothing has changed either.
 
     Raises:
-        ValueError: an option is out of range, or a common option differs between groups.
+        ValueError: an option is out of range, a common option differs between groups, or something
+            is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
         RuntimeError: ``fused=True`` without native kernels, or ``differentiable=True``.
 
     Example:
-        >>> optimizer = AdaQN(model.parameters(), lr=0.01)
-        >>> optimizer.monitor = lambda: loss_fn(model(held_x), held_y)  # optional
+        >>> optimizer = AdaQN(model.parameters(), lr=0.01, blocks=rnn_blocks(model))
         >>> optimizer.zero_grad()
         >>> loss_fn(model(x), y).backward()
         >>> optimizer.step()
 
     .. _adaQN\: An Adaptive Quasi-Newton Algorithm for Training RNNs:
         https://arxiv.org/abs/1511.01169
+    .. _SOAP:
+        https://arxiv.org/abs/2409.11321
     """
 
     _step_supports_amp_scaling = True
@@ -119,23 +165,23 @@ class AdaQN(Optimizer):
         params: Iterable[Any],
         lr: float | Tensor = 1e-2,
         *,
-        history_size: int = 10,
-        fisher_size: int = 32,
+        history_size: int = 0,
+        fisher_size: int = 16,
         update_interval: int = 10,
-        init: str = "rmsprop",
-        decay: float = 0.9,
-        eps: float = 2**-26,
+        init: str = "kronecker",
+        decay: float = 0.98,
+        eps: float = 1e-16,
         min_curvature: float = 1e-4,
         max_increase: float = 1.01,
         curvature: str | Product = "fisher",
         curvature_closure: Callable[[], Tensor] | None = None,
-        momentum: float = 0.0,
-        damping: float = 0.0,
-        max_direction: float = inf,
-        bias_correction: bool = False,
+        momentum: float = 0.8,
+        damping: float = 0.2,
+        max_direction: float = 1.0,
+        bias_correction: bool = True,
         max_grad_norm: float = inf,
         max_factor_dim: int = 600,
-        factor_interval: int = 10,
+        factor_interval: int = 5,
         blocks: Mapping[Tensor, int] | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
@@ -287,7 +333,8 @@ class AdaQN(Optimizer):
         self._init_group()
         params = [real_view(p) for p in self._arena.params]
         if not torch.compiler.is_compiling():
-            self._advance(params, grads, self._arena)
+            with _full_precision(self._arena.device):
+                self._advance(params, grads, self._arena)
         elif self._hookless():
             torch.ops.adaqn.whole_step(self._handle, params, grads, self._arena.tensors())
         else:
@@ -306,7 +353,8 @@ class AdaQN(Optimizer):
     @torch.compiler.disable
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """A compiled step that calls the user's functions: Python that no graph can hold."""
-        self._advance(params, grads, self._arena)
+        with _full_precision(self._arena.device):
+            self._advance(params, grads, self._arena)
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -404,7 +452,8 @@ class AdaQN(Optimizer):
         maximize, clip, beta = common["maximize"], common["max_grad_norm"], common["momentum"]
         kronecker = a.kronecker is not None
         observed = due and not self._hookless()
-        rates, cap = self._group_rates(), common["max_direction"]
+        rates = self._group_rates()
+        cap = common["max_direction"] if len(a.s_ring) else inf  # without pairs p = H0 q
         if not (kronecker or observed or a.gradient_sum is not None):
             op.direction_step(
                 params, grads, a.s_ring, a.y_ring, a.gram, grad_scale, found_inf, maximize, clip,
@@ -661,6 +710,13 @@ def _diagonal(common: dict[str, Any]) -> tuple[float, float, float, bool]:
     decay = common["decay"]
     weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
     return *weights, common["eps"], common["bias_correction"]
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would round the factors' products."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _check_dtypes(params: list[Tensor]) -> None:

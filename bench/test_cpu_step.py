@@ -3,10 +3,11 @@
     pytest bench/test_cpu_step.py --benchmark-json=cpu-step.json
     pytest bench/test_cpu_step.py -k "10-10000000"
 
-The floor is the bytes that a step must move, 12 m + 44 per scalar parameter (6 m + 44 with bfloat16
-pairs), over the bandwidth of a copy measured in the same run.  It goes with every result into the
-JSON file, as ``floor`` and ``ratio``, and into the table printed at the end.  All sizes come in 20
-tensors; gradients are random, and the pairs are put into the state by hand.
+The floor is the bytes that a step must move over the bandwidth of a copy measured in the same run:
+12 m + 44 per scalar parameter (6 m + 44 with bfloat16 pairs) in the paper's setting, 16 more with
+momentum and the cap on the direction, and 32 without pairs but with momentum.  It goes with every
+result into the JSON file, as ``floor`` and ``ratio``, and into the table printed at the end.  All
+sizes come in 20 tensors; gradients are random, and the pairs are put into the state by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from adaqn_cuda import AdaQN
+from adaqn_cuda import PAPER, AdaQN
 from adaqn_cuda.layout import Counter
 
 TENSORS = 20
@@ -46,9 +47,8 @@ def pairs(d: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def adaqn(d: int, m: int, **options) -> Step:
     """A step of the optimizer with a full history and no pair update in sight."""
-    optimizer = AdaQN(
-        parameters(d), lr=1e-6, history_size=m, fisher_size=1, update_interval=10**9, **options
-    )
+    options = {"history_size": m, "fisher_size": 1, "update_interval": 10**9, **options}
+    optimizer = AdaQN(parameters(d), **{**PAPER, "lr": 1e-6, **options})
     optimizer.step()
     state = optimizer._arena
     s, y = pairs(d, m + 1)
@@ -80,13 +80,24 @@ def lbfgs_direction(d: int, m: int) -> Step:
     return direction
 
 
+SAFEGUARDS = {"momentum": 0.9, "bias_correction": True, "max_direction": 1.0}
+#: Bytes per scalar parameter that a step with m pairs must move.
+FLOORS: dict[str, Callable[[int], int]] = {
+    "adaqn": lambda m: 12 * m + 44,
+    "adaqn bfloat16": lambda m: 6 * m + 44,
+    "adaqn safeguards": lambda m: 12 * m + 60,
+    "adaqn without pairs": lambda m: 32,
+}
+
 WITH_HISTORY: dict[str, Callable[[int, int], Step]] = {
     "adaqn": lambda d, m: adaqn(d, m, fused=True),
     "adaqn bfloat16": lambda d, m: adaqn(d, m, fused=True, history_dtype=torch.bfloat16),
+    "adaqn safeguards": lambda d, m: adaqn(d, m, fused=True, **SAFEGUARDS),
     "adaqn reference": lambda d, m: adaqn(d, m, fused=False),
     "LBFGS direction": lbfgs_direction,
 }
 FIRST_ORDER: dict[str, Callable[[list], torch.optim.Optimizer]] = {
+    "adaqn without pairs": lambda p: AdaQN(p, init="rmsprop", history_size=0, fused=True),
     "Adam foreach": lambda p: torch.optim.Adam(p, foreach=True),
     "Adam fused": lambda p: torch.optim.Adam(p, fused=True),
     "RMSprop": lambda p: torch.optim.RMSprop(p, foreach=True),
@@ -128,20 +139,27 @@ def measure(benchmark, step: Step, d: int) -> tuple[float, float]:
     return benchmark.stats.stats.median, benchmark.stats.stats.iqr
 
 
+def floor_of(
+    benchmark, bandwidth: float, name: str, seconds: float, d: int, m: int
+) -> float | None:
+    """Seconds that the bytes of a step take at the bandwidth of a copy, where they are counted."""
+    if name not in FLOORS:
+        return None
+    floor = FLOORS[name](m) * d / bandwidth
+    benchmark.extra_info.update(floor=floor, ratio=seconds / floor, bandwidth=bandwidth)
+    return floor
+
+
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("m", HISTORIES)
 @pytest.mark.parametrize("name", WITH_HISTORY)
 def test_with_history(benchmark, bandwidth, table, name, m, d):
     seconds, iqr = measure(benchmark, WITH_HISTORY[name](d, m), d)
-    floor = None
-    if name in ("adaqn", "adaqn bfloat16"):
-        floor = ((6 if "bfloat16" in name else 12) * m + 44) * d / bandwidth
-        benchmark.extra_info.update(floor=floor, ratio=seconds / floor, bandwidth=bandwidth)
-    table.append((d, m, name, seconds, iqr, floor))
+    table.append((d, m, name, seconds, iqr, floor_of(benchmark, bandwidth, name, seconds, d, m)))
 
 
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("name", FIRST_ORDER)
-def test_first_order(benchmark, table, name, d):
+def test_first_order(benchmark, bandwidth, table, name, d):
     seconds, iqr = measure(benchmark, FIRST_ORDER[name](parameters(d)).step, d)
-    table.append((d, None, name, seconds, iqr, None))
+    table.append((d, None, name, seconds, iqr, floor_of(benchmark, bandwidth, name, seconds, d, 0)))

@@ -145,7 +145,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     adaqn.add_argument("--preset", choices=tuple(PRESETS), default=Config.preset)
     adaqn.add_argument("--monitor", type=_natural, default=0, metavar="N",
                        help="monitor the loss on N fixed sequences; 0: off")  # fmt: skip
-    for name in ("history-size", "fisher-size", "update-interval"):
+    adaqn.add_argument("--history-size", type=_natural, default=argparse.SUPPRESS)
+    for name in ("fisher-size", "update-interval"):
         adaqn.add_argument(f"--{name}", type=_positive, default=argparse.SUPPRESS)
     adaqn.add_argument("--init", choices=INITS, default=argparse.SUPPRESS)
     adaqn.add_argument("--fused", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,

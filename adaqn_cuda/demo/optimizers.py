@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from .. import PAPER, AdaQN
+from .. import PAPER, AdaQN, rnn_blocks
 
 #: Default lr of each optimizer on the default task.
 DEFAULT_LR = {
@@ -23,15 +24,18 @@ DEFAULT_LR = {
 NAMES = tuple(DEFAULT_LR)
 
 #: What ``--preset`` selects for adaqn.
-PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "pairs": {"history_size": 10},
+    "paper": PAPER,
+}
 
 
-def make_optimizer(
-    name: str, params: Iterable[torch.nn.Parameter], lr: float, adaqn: dict[str, Any]
-) -> Optimizer:
+def make_optimizer(name: str, model: nn.Module, lr: float, adaqn: dict[str, Any]) -> Optimizer:
     """The optimizer called ``name``; ``adaqn`` holds options for that one only."""
+    params = model.parameters()
     makers: dict[str, Callable[[], Optimizer]] = {
-        "adaqn": lambda: AdaQN(params, **{**adaqn, "lr": lr}),
+        "adaqn": lambda: AdaQN(params, blocks=rnn_blocks(model), **{**adaqn, "lr": lr}),
         "adam": lambda: torch.optim.Adam(params, lr=lr),
         "nadam": lambda: torch.optim.NAdam(params, lr=lr),
         "rmsprop": lambda: torch.optim.RMSprop(params, lr=lr),

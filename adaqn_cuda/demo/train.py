@@ -127,7 +127,7 @@ class Run:
         config = self.config
         options = {**PRESETS[config.preset], **config.adaqn}
         try:
-            return make_optimizer(config.optimizer, self.model.parameters(), config.rate, options)
+            return make_optimizer(config.optimizer, self.model, config.rate, options)
         except (RuntimeError, ValueError) as error:
             raise DataError(f"--optimizer {config.optimizer}: {error}") from error
 
@@ -269,6 +269,11 @@ class Run:
         """Hold ``sequences`` stretches of the training text fixed and monitor the loss on them."""
         if not isinstance(self.optimizer, AdaQN):
             raise DataError("--monitor is for --optimizer adaqn only")
+        if self.optimizer.defaults["history_size"] == 0:
+            raise DataError(
+                "--monitor is looked at when curvature pairs are tried; add --preset pairs, "
+                "--preset paper or --history-size"
+            )
         fixed = Batches(self.corpus.train, sequences, self.config.bptt, "training text").next()
         inputs, targets = (t.to(self.device) for t in fixed)
 

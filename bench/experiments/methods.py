@@ -5,6 +5,7 @@ To add a setting of AdaQN, add a line to ``_OURS``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from adaqn_cuda import PAPER, AdaQN
+from adaqn_cuda import PAPER, AdaQN, rnn_blocks
 
 from .problem import Problem
 from .tasks import Task
@@ -165,8 +166,6 @@ if hasattr(torch.optim, "Muon"):
 
 
 def _blocks(problem: Problem) -> dict[str, Any]:
-    from adaqn_cuda import rnn_blocks  # not in every version of the package
-
     return {"blocks": rnn_blocks(problem.model)}
 
 
@@ -202,16 +201,19 @@ def _ours(
     return Method(name, adaqn, options, centres, ours=True, contender=contender, **flags)
 
 
-_SMOOTH = dict(momentum=0.9, bias_correction=True, eps=1e-16)
+_SMOOTH = dict(bias_correction=True, eps=1e-16)
 _PAIRS = dict(history_size=10, fisher_size=16, damping=0.2, max_direction=1.0)
 _NO_PAIRS = dict(history_size=0)
-_KRONECKER = dict(init="kronecker", decay=0.95, from_problem=["blocks"], **_SMOOTH)
-_DIAGONAL = dict(init="rmsprop", decay=0.99, **_SMOOTH)
+_KRONECKER = dict(
+    init="kronecker", momentum=0.8, decay=0.98, factor_interval=5, from_problem=["blocks"],
+    **_SMOOTH,
+)  # fmt: skip
+_DIAGONAL = dict(init="rmsprop", momentum=0.9, decay=0.99, **_SMOOTH)
 _PAPER_RATES = {"language": 0.02, "least-squares": 0.03, "regression": 0.03, "pinn": 0.005}
-_RATES = {"language": 0.01, **_DETERMINISTIC}
+_RATES = {"language": 0.01, "least-squares": 0.6, "regression": 0.6, "pinn": 0.005}
 _QUASI_NEWTON = dict(
     init="scalar", curvature="gradients", update_interval=1, history_size=100, min_curvature=0.0,
-    max_grad_norm=0.1,
+    max_grad_norm=0.1, momentum=0.0, damping=0.0, max_direction=math.inf,
 )  # fmt: skip
 
 _OURS = [
