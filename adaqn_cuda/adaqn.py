@@ -511,7 +511,7 @@ class AdaQN(Optimizer):
             )
             q = reference.look_ahead_from_new(g, a.momentum, a.counters, common["momentum"])
             a.kronecker.apply(q, *spectrum, out=q)
-            a.images[-1] = q.square().sum(dtype=torch.float64)
+            a.images[-1] = q.double().square().sum()
 
     def _rates(self) -> tuple[list[float], list[float], Tensor | None, Tensor | None]:
         """Per group, ``lr`` and ``weight_decay`` by value, and as tensors where one is a tensor."""
@@ -565,7 +565,7 @@ class AdaQN(Optimizer):
             s = pending_displacement(params, a)
             return given_product(self._arena.params, self.curvature_product, s)
         if common["curvature"] == "difference":
-            return closure_difference(self._arena.params, self.curvature_closure, params, a.anchor)
+            return closure_difference(self._arena.params, self.curvature_closure, params, a)
         return None
 
     def _update_pairs(

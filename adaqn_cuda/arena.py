@@ -222,7 +222,8 @@ class Arena(Buffers):
         """Fill ``arena``, of whose parameters the first are this one's, with this one's state.
 
         Added parameters join as if they had stood still so far: their pairs and gradients are zero,
-        their average and anchor are where they are.
+        their average and anchor are where they are.  What their gradients were there is unknown, so
+        averages of gradients begin anew.
         """
         old = self.sizes.numel
         for mine, theirs in zip(self._own_views(), arena._own_views(), strict=False):
@@ -237,4 +238,12 @@ class Arena(Buffers):
             w = torch.cat([p.reshape(-1).to(arena.sizes.dtype) for p in added])
             arena.anchor[old:] = w
             arena.iterate_sum[old:] = w * self.counters[Counter.ITERATES]
+        if self.gradient_sum is not None:
+            arena.forget_interval()
         return arena
+
+    def forget_interval(self) -> None:
+        """Start anew with averages: the next pair update sets the anchor, as the first one did."""
+        self.iterate_sum.zero_()
+        self.gradient_sum.zero_()
+        self.counters[Counter.ITERATES] = self.counters[Counter.ANCHORED] = 0

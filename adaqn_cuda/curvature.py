@@ -32,7 +32,8 @@ def parts_of(params: list[Tensor], flat: Tensor) -> dict[Tensor, Tensor]:
     for p in params:
         shape = real_view(p.detach()).shape
         part = flat[start : start + shape.numel()].view(shape)
-        parts[p] = torch.view_as_complex(part) if p.is_complex() else part
+        # A copy, because complex numbers begin at even places only.
+        parts[p] = torch.view_as_complex(part.clone()) if p.is_complex() else part
         start += shape.numel()
     return parts
 
@@ -46,6 +47,10 @@ def given_product(params: list[Tensor], product: Product, s: Tensor) -> Tensor:
             f"curvature: expected the callable to return a mapping from parameters to y, got {y!r}"
         )
     for p, part in y.items():
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"curvature: expected y with parameters as keys, got {p!r}; use the keys of s"
+            )
         if not isinstance(part, Tensor) or part.shape != p.shape:
             raise TypeError(
                 f"curvature: expected y of shape {tuple(p.shape)} for the parameter of that shape, "
@@ -57,12 +62,14 @@ def given_product(params: list[Tensor], product: Product, s: Tensor) -> Tensor:
 def pending_displacement(params: list[Tensor], a: Buffers) -> Tensor:
     """s = w_n - w_o between passes 1 and 2, where the current iterate is not in the sum yet.
 
-    The parameters hold w_n, rounded to their dtype; ``direction`` holds the current iterate.
+    Zero where there is no w_o yet, or no w_n, and so no pair will be tried.  The parameters hold
+    w_n, rounded to their dtype; ``direction`` holds the current iterate.
     """
     accepted = reference.step_is_accepted(a.projections, a.counters)
     count = a.counters[Counter.ITERATES] + accepted.long()
     total = torch.where(accepted, a.iterate_sum + a.direction, a.iterate_sum)
-    return reference.average(total, count) - a.anchor
+    s = reference.average(total, count) - a.anchor
+    return torch.where((count > 0) & (a.counters[Counter.ANCHORED] > 0), s, 0.0)
 
 
 # --------------------------------------------------------------------------- two gradients
@@ -86,15 +93,18 @@ def closure_gradient(
 
 
 def closure_difference(
-    params: list[Tensor], closure: Callable[[], Tensor], views: list[Tensor], anchor: Tensor
+    params: list[Tensor], closure: Callable[[], Tensor], views: list[Tensor], a: Buffers
 ) -> Tensor:
     """y = gradient at w_n - gradient at w_o, of the same loss.
 
-    The parameters hold w_n at the beginning and w_o at the end; ``views`` are the real ones.
+    The parameters hold w_n at the beginning and w_o at the end, or w_n still while there is no
+    w_o: a model may be undefined where all parameters are zero.  ``views`` are the real ones.
     """
-    at_average = closure_gradient(params, closure, anchor.dtype)
-    reference.write_back(views, anchor)
-    return at_average - closure_gradient(params, closure, anchor.dtype)
+    dtype = a.anchor.dtype
+    at_average = closure_gradient(params, closure, dtype)
+    w_n = reference.flatten(views, dtype)
+    reference.write_back(views, torch.where(a.counters[Counter.ANCHORED] > 0, a.anchor, w_n))
+    return at_average - closure_gradient(params, closure, dtype)
 
 
 # --------------------------------------------------------------------------- the steps' gradients

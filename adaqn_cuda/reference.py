@@ -291,7 +291,7 @@ def measure_gradient(g: Tensor, found_inf: Tensor | None, projections: Tensor) -
     """Write the words of :class:`layout.Flag`."""
     projections[Flag.NONFINITE] = (~g.isfinite()).sum()
     projections[Flag.NONZERO] = (g != 0).sum()
-    projections[Flag.SQUARE] = g.square().sum(dtype=torch.float64)
+    projections[Flag.SQUARE] = g.double().square().sum()
     if found_inf is not None:
         projections[Flag.NONFINITE] += found_inf.reshape(())
 
@@ -341,7 +341,7 @@ def direction_pass2(
     direction.copy_(r)
     if not identity:
         images[:-1] = y @ r
-        images[-1] = q.square().sum(dtype=torch.float64)
+        images[-1] = q.double().square().sum()
     if len(fisher):
         slot = counters[Counter.NEXT_GRADIENT].reshape(1)
         row = torch.where(accepted, g.to(fisher.dtype), fisher.index_select(0, slot)[0])

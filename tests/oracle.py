@@ -7,19 +7,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 
 import torch
 from torch import Tensor
 
+Matrix = Callable[[Tensor], Tensor]
 
-def two_loop(g: Tensor, pairs: list[tuple[Tensor, Tensor]], h0: Tensor | float) -> Tensor:
-    """H g by Algorithm 7.4 of Nocedal & Wright, oldest pair first, in the dtype of ``g``."""
+
+def two_loop(g: Tensor, pairs: list[tuple[Tensor, Tensor]], h0: Tensor | float | Matrix) -> Tensor:
+    """H g by Algorithm 7.4 of Nocedal & Wright, oldest pair first, in the dtype of ``g``.
+
+    ``h0`` is a diagonal, or a function that multiplies.
+    """
     q, alphas = g.clone(), []
     for s, y in reversed(pairs):
         alpha = torch.dot(s, q) / torch.dot(s, y)
         q = q - alpha * y
         alphas.append(alpha)
-    r = h0 * q
+    r = h0(q) if callable(h0) else h0 * q
     for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
         beta = torch.dot(y, r) / torch.dot(s, y)
         r = r + (alpha - beta) * s
@@ -27,7 +33,12 @@ def two_loop(g: Tensor, pairs: list[tuple[Tensor, Tensor]], h0: Tensor | float) 
 
 
 class Oracle:
-    """One flat parameter vector under adaQN, step by step."""
+    """One flat parameter vector under adaQN, step by step.
+
+    ``product`` gives y from s in place of the accumulated Fisher product.  Pairs and gradients are
+    kept in ``ring_dtype``.  The counts ``clipped``, ``damped`` and ``capped`` tell that a safeguard
+    did something.
+    """
 
     def __init__(
         self,
@@ -43,27 +54,53 @@ class Oracle:
         min_curvature: float = 1e-4,
         max_increase: float = 1.01,
         weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        damping: float = 0.0,
+        max_direction: float = inf,
+        bias_correction: bool = False,
+        max_grad_norm: float = inf,
         monitor: Callable[[Tensor], float] | None = None,
+        product: Matrix | None = None,
+        ring_dtype: torch.dtype = torch.float64,
     ) -> None:
         self.w = w.double().clone()
         self.lr, self.weight_decay = lr, weight_decay
         self.interval, self.init, self.decay, self.eps = update_interval, init, decay, eps
         self.min_curvature, self.max_increase, self.monitor = min_curvature, max_increase, monitor
+        self.momentum, self.damping, self.max_direction = momentum, damping, max_direction
+        self.bias_correction, self.max_grad_norm = bias_correction, max_grad_norm
+        self.product = self.fisher_product if product is None else product
+        self.history_size, self.ring_dtype = history_size, ring_dtype
         self.pairs: deque = deque(maxlen=history_size)
         self.fisher: deque = deque(maxlen=fisher_size)
-        self.v = torch.zeros_like(self.w)
+        self.v, self.m = torch.zeros_like(self.w), torch.zeros_like(self.w)
         self.iterates: list[Tensor] = []
         self.anchor: Tensor | None = None
         self.anchor_loss = float("nan")
-        self.calls = self.stored = self.skipped = self.resets = self.dropped = 0
+        self.calls = self.stored = self.skipped = self.resets = self.dropped = self.accepted = 0
+        self.clipped = self.damped = self.capped = 0
 
-    def h0(self) -> Tensor | float:
+    # ------------------------------------------------------------------ the initial matrix
+
+    def root(self) -> Tensor | float:
+        """1 / D."""
         if self.init == "scalar":
             if not self.pairs:
                 return 1.0
             s, y = self.pairs[-1]
-            return torch.dot(s, y) / torch.dot(y, y)
-        return 1.0 / torch.sqrt(self.v + self.eps)
+            return torch.dot(y, y) / torch.dot(s, y)
+        unbiased = self.v
+        if self.init == "rmsprop" and self.bias_correction:
+            unbiased = self.v / (1 - self.decay**self.accepted)
+        return torch.sqrt(unbiased + self.eps)
+
+    def h0(self, x: Tensor) -> Tensor:
+        return x / self.root()
+
+    def b0(self, x: Tensor) -> Tensor:
+        return x * self.root()
+
+    # ------------------------------------------------------------------ the step
 
     def step(self, g: Tensor) -> None:
         g = g.double()
@@ -72,18 +109,45 @@ class Oracle:
             self._move(g)
         else:
             self.dropped += 1
-        if self.calls % self.interval == 0 and self.iterates:
+        if self.history_size and self.calls % self.interval == 0 and self.iterates:
             self._update_pairs()
 
     def _move(self, g: Tensor) -> None:
-        self.fisher.append(g)
+        self.accepted += 1
+        if g.norm() > self.max_grad_norm:
+            self.clipped += 1
+            g = g * (self.max_grad_norm / g.norm())
+        self.fisher.append(self._rounded(g))
         self.iterates.append(self.w)
         if self.init == "adagrad":
             self.v = self.v + g * g
         else:
             self.v = self.decay * self.v + (1 - self.decay) * g * g
-        p = two_loop(g, list(self.pairs), self.h0())
+        p = self._direction(self._look_ahead(g))
         self.w = self.w - self.lr * self.weight_decay * self.w - self.lr * p
+
+    def _look_ahead(self, g: Tensor) -> Tensor:
+        beta, t = self.momentum, self.accepted
+        self.m = beta * self.m + (1 - beta) * g
+        return beta * self.m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+
+    def _direction(self, q: Tensor) -> Tensor:
+        p = two_loop(q, list(self.pairs), self.h0)
+        if self.max_direction == inf:
+            return p
+        limit = self.max_direction * self.h0(q).norm()
+        if p.norm() <= limit:
+            return p
+        self.capped += 1
+        return p * (limit / p.norm())
+
+    # ------------------------------------------------------------------ the pair update
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x.to(self.ring_dtype).double()
+
+    def fisher_product(self, s: Tensor) -> Tensor:
+        return sum(f * torch.dot(f, s) for f in self.fisher) / len(self.fisher)
 
     def _update_pairs(self) -> None:
         average = sum(self.iterates) / len(self.iterates)
@@ -98,13 +162,25 @@ class Oracle:
             self.resets += 1
             self.pairs.clear()
             self.fisher.clear()
+            self.m = torch.zeros_like(self.m)
             self.w = self.anchor
             return
         s = average - self.anchor
-        y = sum(f * torch.dot(f, s) for f in self.fisher) / len(self.fisher)
+        y = self._damp(s, self.product(s))
+        s, y = self._rounded(s), self._rounded(y)
         if torch.dot(s, y) / torch.dot(y, y) > self.min_curvature:
             self.stored += 1
             self.pairs.append((s, y))
             self.anchor, self.anchor_loss = average, loss
         else:
             self.skipped += 1
+
+    def _damp(self, s: Tensor, y: Tensor) -> Tensor:
+        """Procedure 18.2 of Nocedal & Wright, with ``damping`` for their 0.2."""
+        b0_s = self.b0(s)
+        s_y, s_b0_s = torch.dot(s, y), torch.dot(s, b0_s)
+        if self.damping == 0 or s_y >= self.damping * s_b0_s:
+            return y
+        self.damped += 1
+        theta = (1 - self.damping) * s_b0_s / (s_b0_s - s_y)
+        return theta * y + (1 - theta) * b0_s

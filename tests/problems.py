@@ -1,14 +1,43 @@
-"""Small problems that several tests share."""
+"""Small problems that several tests share, and what is compared of optimizers on them."""
 
 from __future__ import annotations
 
+import copy
 import csv
+import os
+from math import inf
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from adaqn_cuda import AdaQN, native
+
 DATA = Path(__file__).parent / "data"
+
+#: Pairs on a plain RMSprop diagonal with every safeguard off, whatever the class's defaults are.
+PLAIN: dict[str, Any] = dict(
+    lr=0.01, history_size=10, fisher_size=32, update_interval=10, init="rmsprop", decay=0.9,
+    eps=2**-26, min_curvature=1e-4, max_increase=1.01, curvature="fisher", momentum=0.0,
+    damping=0.0, max_direction=inf, bias_correction=False, max_grad_norm=inf, weight_decay=0.0,
+    maximize=False, history_dtype=None, fisher_dtype=None, fused=None,
+)  # fmt: skip
+
+
+def plain_adaqn(params, **options) -> AdaQN:
+    """An optimizer with the options of :data:`PLAIN`, where no others are given."""
+    return AdaQN(params, **{**PLAIN, **options})
+
+
+needs_library = pytest.mark.skipif(
+    native.library_obstacle() is not None and os.environ.get("ADAQN_REQUIRE_EXT") != "1",
+    reason="the native library is not built",
+)
+#: Runs a test on the reference and, where there are any, on native kernels.
+both_backends = pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_library)])
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 class AuthorsProblem:
@@ -58,3 +87,25 @@ def set_gradients(params, step: int) -> None:
         generator = torch.Generator().manual_seed(7919 * step + index)
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
         p.grad = (0.3 + 0.1 * index) * p.detach() + 0.2 * noise
+
+
+def flat(tensors) -> Tensor:
+    """One vector of copies of all numbers, parameter after parameter."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def snapshot(optimizer):
+    """Parameters and state, copied."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return copy.deepcopy(([p.detach() for p in params], [dict(optimizer.state[p]) for p in params]))
+
+
+def assert_same(a, b):
+    """Two snapshots are the same to the bit."""
+    (params_a, state_a), (params_b, state_b) = a, b
+    for p, q in zip(params_a, params_b, strict=True):
+        assert torch.equal(p, q)
+    for x, y in zip(state_a, state_b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True, msg=name)

@@ -6,10 +6,8 @@ import pickle
 
 import pytest
 import torch
-from problems import random_parameters, set_gradients
+from problems import plain_adaqn, random_parameters, set_gradients
 from torch import nn
-
-from adaqn_cuda import AdaQN
 
 SHAPES = [(3, 4), (), (5,), (0, 2)]
 OPTIONS = dict(update_interval=4, history_size=3, fisher_size=5)
@@ -49,18 +47,18 @@ def round_trip(state_dict):
 def test_resumed_run_continues_bit_for_bit(dtype, init, saved_at):
     """Before the first step, between pair updates, after a dropped step, after a reset (12)."""
     options = dict(OPTIONS, init=init, history_dtype=torch.bfloat16)
-    straight = AdaQN(random_parameters(SHAPES, dtype), **options)
+    straight = plain_adaqn(random_parameters(SHAPES, dtype), **options)
     expected = advance(straight, 0, 30)
 
     params = random_parameters(SHAPES, dtype)
-    first = AdaQN(params, **options)
+    first = plain_adaqn(params, **options)
     advance(first, 0, saved_at)
     if saved_at == 12:
         assert first.stats()["resets"] == 1
     weights, state = round_trip([p.detach() for p in params]), round_trip(first.state_dict())
 
     params = [nn.Parameter(w) for w in weights]
-    second = AdaQN(params, lr=123.0, history_size=7)  # options come from the checkpoint
+    second = plain_adaqn(params, lr=123.0, history_size=7)  # options come from the checkpoint
     second.load_state_dict(state)
     assert second.stats() == first.stats() or saved_at == 0
     for p, q in zip(expected, advance(second, saved_at, 30), strict=True):
@@ -69,11 +67,11 @@ def test_resumed_run_continues_bit_for_bit(dtype, init, saved_at):
 
 def test_loaded_state_keeps_its_dtype_and_its_own_memory():
     params = random_parameters(SHAPES, torch.bfloat16)
-    first = AdaQN(params, **OPTIONS)
+    first = plain_adaqn(params, **OPTIONS)
     advance(first, 0, 9)
     first.state[params[0]]["counters"][6] = 70001
     saved = first.state_dict()
-    second = AdaQN(random_parameters(SHAPES, torch.bfloat16), **OPTIONS)
+    second = plain_adaqn(random_parameters(SHAPES, torch.bfloat16), **OPTIONS)
     second.load_state_dict(saved)
     for p, q in zip(params, second.param_groups[0]["params"], strict=True):
         for name, tensor in first.state[p].items():
@@ -88,7 +86,7 @@ def test_loaded_state_keeps_its_dtype_and_its_own_memory():
 @pytest.mark.parametrize("steps", [0, 9])
 def test_copies_continue_on_their_own(copier, steps):
     params = random_parameters(SHAPES)
-    original = AdaQN(params, **OPTIONS)
+    original = plain_adaqn(params, **OPTIONS)
     advance(original, 0, steps)
     original.monitor = None
     twin = copier(original)
@@ -101,10 +99,10 @@ def test_copies_continue_on_their_own(copier, steps):
 
 def test_loading_checks_before_it_changes_anything():
     params = random_parameters(SHAPES)
-    optimizer = AdaQN(params, **OPTIONS)
+    optimizer = plain_adaqn(params, **OPTIONS)
     advance(optimizer, 0, 9)
     before = copy.deepcopy(optimizer.state_dict())
-    other = AdaQN(random_parameters([(3, 4), (), (6,), (0, 2)]), **OPTIONS)
+    other = plain_adaqn(random_parameters([(3, 4), (), (6,), (0, 2)]), **OPTIONS)
     advance_params = other.param_groups[0]["params"]
     set_gradients(advance_params, 0)
     other.step()
@@ -115,7 +113,7 @@ def test_loading_checks_before_it_changes_anything():
     with pytest.raises(ValueError, match="parameter 1"):
         optimizer.load_state_dict(broken)
     with pytest.raises(ValueError, match="param"):
-        optimizer.load_state_dict(AdaQN(random_parameters([(2,)])).state_dict())
+        optimizer.load_state_dict(plain_adaqn(random_parameters([(2,)])).state_dict())
     adam = torch.optim.Adam(random_parameters(SHAPES))
     for p in adam.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
@@ -132,8 +130,8 @@ def test_loading_checks_before_it_changes_anything():
 
 
 def test_loading_a_fresh_state_starts_afresh():
-    fresh = AdaQN(random_parameters(SHAPES), **OPTIONS)
-    used = AdaQN(random_parameters(SHAPES), **OPTIONS)
+    fresh = plain_adaqn(random_parameters(SHAPES), **OPTIONS)
+    used = plain_adaqn(random_parameters(SHAPES), **OPTIONS)
     advance(used, 0, 9)
     used.load_state_dict(fresh.state_dict())
     assert not used.state
@@ -142,9 +140,9 @@ def test_loading_a_fresh_state_starts_afresh():
 
 def test_state_dict_hooks_see_and_change_the_dict():
     params = random_parameters(SHAPES)
-    source = AdaQN(params, **OPTIONS)
+    source = plain_adaqn(params, **OPTIONS)
     advance(source, 0, 9)
-    target = AdaQN(random_parameters(SHAPES), **OPTIONS)
+    target = plain_adaqn(random_parameters(SHAPES), **OPTIONS)
     seen = []
 
     def rename(_, state_dict):
@@ -179,7 +177,7 @@ class TestDistributedCheckpoint:
         from torch.distributed.checkpoint import state_dict as dcp
 
         model = self.model()
-        optimizer = AdaQN(model.parameters(), **OPTIONS)
+        optimizer = plain_adaqn(model.parameters(), **OPTIONS)
         self.train(model, optimizer, 10)
         weights = copy.deepcopy(model.state_dict())
         saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
@@ -187,7 +185,7 @@ class TestDistributedCheckpoint:
 
         other = self.model()
         other.load_state_dict(weights)
-        resumed = AdaQN(other.parameters(), **OPTIONS)
+        resumed = plain_adaqn(other.parameters(), **OPTIONS)
         dcp.set_optimizer_state_dict(other, resumed, saved)
         for p, q in zip(expected, self.train(other, resumed, 10), strict=True):
             assert torch.equal(p, q)
@@ -196,7 +194,7 @@ class TestDistributedCheckpoint:
         from torch.distributed.checkpoint import state_dict as dcp
 
         plain, looked_at = self.model(), self.model()
-        a, b = (AdaQN(m.parameters(), **OPTIONS) for m in (plain, looked_at))
+        a, b = (plain_adaqn(m.parameters(), **OPTIONS) for m in (plain, looked_at))
         dcp.get_optimizer_state_dict(looked_at, b)
         for p, q in zip(self.train(plain, a, 20), self.train(looked_at, b, 20), strict=True):
             assert torch.equal(p, q)

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from problems import random_parameters, set_gradients
-
-from adaqn_cuda import AdaQN
+from problems import plain_adaqn, random_parameters, set_gradients
 
 
 def run_pair(steps, compiled_from, monitor=None, fullgraph=True, **options):
@@ -12,7 +10,7 @@ def run_pair(steps, compiled_from, monitor=None, fullgraph=True, **options):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     ours, theirs = (random_parameters([(3, 4), (5,)]) for _ in range(2))
-    a, b = AdaQN(ours, **options), AdaQN(theirs, **options)
+    a, b = plain_adaqn(ours, **options), plain_adaqn(theirs, **options)
     a.monitor, b.monitor = monitor and monitor(), monitor and monitor()
     compiled = torch.compile(lambda: a.step(), fullgraph=fullgraph, backend="aot_eager")
     for step in range(steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import AuthorsProblem, random_parameters, set_gradients, trajectory
-
-from adaqn_cuda import AdaQN, native
-
-needs_library = pytest.mark.skipif(
-    native.library_obstacle() is not None and os.environ.get("ADAQN_REQUIRE_EXT") != "1",
-    reason="the native library is not built",
+from problems import (
+    AuthorsProblem,
+    needs_library,
+    plain_adaqn,
+    random_parameters,
+    set_gradients,
+    trajectory,
 )
+
+from adaqn_cuda import native
 
 
 @needs_library
@@ -27,7 +28,7 @@ needs_library = pytest.mark.skipif(
 def test_authors_trajectory(name, scale, fisher_size):
     problem = AuthorsProblem(scale)
     w = torch.nn.Parameter(problem.w0.clone())
-    optimizer = AdaQN(
+    optimizer = plain_adaqn(
         [w], lr=0.02, history_size=5, fisher_size=fisher_size, update_interval=5, fused=True,
         monitor=lambda: problem.loss(w),
     )  # fmt: skip
@@ -44,8 +45,12 @@ def test_a_run_follows_the_reference(dtype, init):
     shapes = [(3, 4), (5,), (), (0,), (2, 3, 7)]
     ours, theirs = (random_parameters(shapes, dtype) for _ in range(2))
     options = dict(lr=0.02, init=init, update_interval=3, history_size=4, fisher_size=5)
-    a = AdaQN(ours, monitor=lambda: float(ours[0].detach().abs().sum()), fused=True, **options)
-    b = AdaQN(theirs, monitor=lambda: float(theirs[0].detach().abs().sum()), fused=False, **options)
+    a = plain_adaqn(
+        ours, monitor=lambda: float(ours[0].detach().abs().sum()), fused=True, **options
+    )
+    b = plain_adaqn(
+        theirs, monitor=lambda: float(theirs[0].detach().abs().sum()), fused=False, **options
+    )
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}.get(dtype, 1e-9)
     for step in range(40):
         set_gradients(ours, step)
@@ -67,7 +72,7 @@ def test_a_run_follows_the_reference(dtype, init):
 @needs_library
 def test_compiled_step_in_one_graph():
     ours, theirs = (random_parameters([(3, 4), (5,)]) for _ in range(2))
-    a, b = (AdaQN(p, update_interval=2, fused=True) for p in (ours, theirs))
+    a, b = (plain_adaqn(p, update_interval=2, fused=True) for p in (ours, theirs))
     compiled = torch.compile(lambda: a.step(), fullgraph=True, backend="aot_eager")
     for step in range(6):
         set_gradients(ours, step)
@@ -82,7 +87,7 @@ def test_autograd_sees_that_parameters_have_changed():
     w = torch.nn.Parameter(torch.ones(3))
     loss = (w * w).sum()
     loss.backward(retain_graph=True)
-    AdaQN([w], fused=True).step()
+    plain_adaqn([w], fused=True).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -94,7 +99,7 @@ def test_lazily_negated_gradient():
     ours.grad, theirs.grad = z.conj().imag, z.conj().imag.clone()
     assert ours.grad.is_neg()
     for w in (ours, theirs):
-        AdaQN([w], fused=True).step()
+        plain_adaqn([w], fused=True).step()
     assert torch.equal(ours, theirs)
 
 

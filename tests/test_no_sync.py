@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from problems import random_parameters, set_gradients
+from problems import plain_adaqn, random_parameters, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaqn_cuda import AdaQN, reference
+from adaqn_cuda import reference
 
 #: Operations that make the host wait for a device value or a data-dependent shape.
 READ_BACK = {
@@ -54,7 +54,7 @@ def test_step_reads_nothing_back(fused, init, tensor_rates):
     """Over plain steps, pair updates, resets, skips and dropped steps."""
     params = random_parameters([(3, 4), (5,), ()])
     losses = iter([torch.tensor(x) for x in (1.0, 0.5, 9.0, 0.4, torch.nan, 0.3, 0.2)])
-    optimizer = AdaQN(
+    optimizer = plain_adaqn(
         params,
         lr=torch.tensor(0.01) if tensor_rates else 0.01,
         weight_decay=torch.tensor(0.1) if tensor_rates else 0.1,

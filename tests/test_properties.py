@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, two_loop
-from problems import random_parameters, set_gradients
+from problems import flat, plain_adaqn, random_parameters, set_gradients
 
 from adaqn_cuda import AdaQN
 from adaqn_cuda.layout import Counter
@@ -20,14 +20,10 @@ inits = st.sampled_from(["rmsprop", "adagrad", "scalar"])
 history_dtypes = st.sampled_from([None, torch.bfloat16])
 
 
-def flat(tensors) -> torch.Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
 def trained(params, steps, **options) -> AdaQN:
     """An optimizer after ``steps`` steps, with stores, skips and resets on the way."""
     losses = iter([1.0, 0.5, 0.4, 9.0, 0.3, 0.2, float("nan")] * 100)
-    optimizer = AdaQN(params, **options)
+    optimizer = plain_adaqn(params, **options)
     if options.pop("monitor", None) is None:
         optimizer.monitor = lambda: next(losses)
     for step in range(steps):
@@ -128,7 +124,7 @@ def test_without_pairs_it_is_the_first_order_method(shapes, seed, init):
     """
     ours = random_parameters(shapes, torch.float64, seed)
     theirs = random_parameters(shapes, torch.float64, seed)
-    a = AdaQN(ours, lr=0.01, init=init, eps=5e-324, update_interval=10**9)
+    a = plain_adaqn(ours, lr=0.01, init=init, eps=5e-324, update_interval=10**9)
     if init == "rmsprop":
         b = torch.optim.RMSprop(theirs, lr=0.01, alpha=0.9, eps=0)
     else:
@@ -143,7 +139,7 @@ def test_eps_sits_inside_the_square_root():
     (w,) = random_parameters([(5,)], torch.float64)
     before = w.detach().clone()
     w.grad = torch.full_like(w, 3.0)
-    AdaQN([w], lr=1.0, init="adagrad", eps=16.0).step()
+    plain_adaqn([w], lr=1.0, init="adagrad", eps=16.0).step()
     torch.testing.assert_close(w.detach(), before - 3.0 / 5.0)
 
 
@@ -154,8 +150,8 @@ def test_permuting_parameters_permutes_the_result(seed, init, order):
     shapes = [(3, 2), (), (5,), (1, 4)]
     ours = random_parameters(shapes, torch.float64, seed)
     theirs = random_parameters(shapes, torch.float64, seed)
-    a = AdaQN(ours, **options)
-    b = AdaQN([{"params": [theirs[i]]} for i in order], **options)
+    a = plain_adaqn(ours, **options)
+    b = plain_adaqn([{"params": [theirs[i]]} for i in order], **options)
     for step in range(12):
         step_together(a, b, ours, theirs, step)
     for p, q in zip(ours, theirs, strict=True):
@@ -168,7 +164,7 @@ def test_splitting_a_tensor_changes_nothing(seed, init, cut):
     options = dict(init=init, update_interval=2, history_size=3)
     (whole,) = random_parameters([(20,)], torch.float64, seed)
     parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().split([cut, 20 - cut])]
-    a, b = AdaQN([whole], **options), AdaQN(parts, **options)
+    a, b = plain_adaqn([whole], **options), plain_adaqn(parts, **options)
     for step in range(12):
         set_gradients([whole], step)
         for part, g in zip(parts, whole.grad.split([cut, 20 - cut]), strict=True):
@@ -188,7 +184,7 @@ def test_exact_curvature_terminates_on_a_quadratic(d):
     root = torch.randn(d, d, generator=generator, dtype=torch.float64)
     hessian = root @ root.T + torch.eye(d, dtype=torch.float64)
     w = torch.nn.Parameter(torch.randn(d, generator=generator, dtype=torch.float64))
-    optimizer = AdaQN([w], lr=0.0, init="scalar", history_size=d, update_interval=10**9)
+    optimizer = plain_adaqn([w], lr=0.0, init="scalar", history_size=d, update_interval=10**9)
     w.grad = torch.ones_like(w)
     optimizer.step()
     conjugate = torch.linalg.eigh(hessian).eigenvectors.T
@@ -251,7 +247,7 @@ def test_dropped_steps_follow_the_textbook_schedule(seed, init, monitored):
     monitor = (lambda x: float((x * x).sum())) if monitored else None
     options = dict(lr=0.05, init=init, update_interval=3, history_size=2, fisher_size=4)
     oracle = Oracle(w.detach(), monitor=monitor, **options)
-    optimizer = AdaQN([w], monitor=(lambda: (w * w).sum()) if monitored else None, **options)
+    optimizer = plain_adaqn([w], monitor=(lambda: (w * w).sum()) if monitored else None, **options)
     generator = torch.Generator().manual_seed(seed)
     for step in range(24):
         set_gradients([w], step)

@@ -1,34 +1,16 @@
 """What users of torch.optim expect: arguments, dtypes, closures, monitors, loss scaling."""
 
-import copy
-
 import pytest
 import torch
-from problems import random_parameters, set_gradients
+from problems import PLAIN, assert_same, plain_adaqn, random_parameters, set_gradients, snapshot
 from torch import nn
 
 from adaqn_cuda import PAPER, AdaQN
 from adaqn_cuda.arena import Sizes
 
 
-def snapshot(optimizer):
-    """Parameters and state, copied."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return copy.deepcopy(([p.detach() for p in params], [dict(optimizer.state[p]) for p in params]))
-
-
-def assert_same(a, b):
-    (params_a, state_a), (params_b, state_b) = a, b
-    for p, q in zip(params_a, params_b, strict=True):
-        assert torch.equal(p, q)
-    for x, y in zip(state_a, state_b, strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True, msg=name)
-
-
 def run(params, steps, start=0, **options):
-    optimizer = options.pop("optimizer", None) or AdaQN(params, **options)
+    optimizer = options.pop("optimizer", None) or plain_adaqn(params, **options)
     for step in range(start, start + steps):
         set_gradients(params, step)
         optimizer.step()
@@ -86,30 +68,30 @@ def test_paper_settings():
 )
 def test_bad_option_is_named(name, value):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=name):
-        AdaQN(random_parameters([(2,)]), **{name: value})
+        plain_adaqn(random_parameters([(2,)]), **{name: value})
 
 
 def test_options_other_than_rates_are_common_to_all_groups():
     a, b = random_parameters([(2,), (3,)])
-    AdaQN([{"params": [a], "lr": 0.1, "weight_decay": 0.2}, {"params": [b]}])
+    plain_adaqn([{"params": [a], "lr": 0.1, "weight_decay": 0.2}, {"params": [b]}])
     with pytest.raises(ValueError, match="decay.*0.5"):
-        AdaQN([{"params": [a]}, {"params": [b], "decay": 0.5}])
+        plain_adaqn([{"params": [a]}, {"params": [b], "decay": 0.5}])
     with pytest.raises(ValueError, match="lr"):
-        AdaQN([{"params": [a]}, {"params": [b], "lr": -1}])
+        plain_adaqn([{"params": [a]}, {"params": [b], "lr": -1}])
 
 
 def test_rejects_parameters_it_cannot_train():
     with pytest.raises(ValueError, match="empty"):
-        AdaQN([])
+        plain_adaqn([])
     with pytest.raises(TypeError, match="params"):
-        AdaQN(torch.zeros(3))
+        plain_adaqn(torch.zeros(3))
     with pytest.raises(TypeError, match="int64"):
-        AdaQN([torch.zeros(3, dtype=torch.int64)])
+        plain_adaqn([torch.zeros(3, dtype=torch.int64)])
 
 
 def test_named_parameters_are_accepted():
     model = nn.Linear(3, 2)
-    optimizer = AdaQN(model.named_parameters())
+    optimizer = plain_adaqn(model.named_parameters())
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
@@ -119,7 +101,7 @@ def test_fused_true_tells_what_is_missing():
     if native_obstacle(torch.device("cpu")) is None:
         pytest.skip("native kernels are there")
     with pytest.raises(RuntimeError, match="fused"):
-        AdaQN(random_parameters([(2,)]), fused=True)
+        plain_adaqn(random_parameters([(2,)]), fused=True)
 
 
 # --------------------------------------------------------------------------- rates
@@ -128,7 +110,7 @@ def test_fused_true_tells_what_is_missing():
 def test_groups_take_their_own_rates():
     """Two groups of one vector equal two vectors stepped with their own rates."""
     a, b = random_parameters([(4,), (5,)], torch.float64)
-    optimizer = AdaQN(
+    optimizer = plain_adaqn(
         [{"params": [a], "lr": 0.1}, {"params": [b], "weight_decay": 0.5}], lr=0.01, init="scalar"
     )
     a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
@@ -141,11 +123,11 @@ def test_groups_take_their_own_rates():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tensor_rates_equal_floats(dtype):
     ours, theirs = (random_parameters([(4,), (5,)], torch.float64) for _ in range(2))
-    a = AdaQN(
+    a = plain_adaqn(
         [{"params": ours[:1]}, {"params": ours[1:], "lr": torch.tensor([0.25], dtype=dtype)}],
         lr=0.125, weight_decay=torch.tensor(0.5, dtype=dtype), update_interval=2,
     )  # fmt: skip
-    b = AdaQN(
+    b = plain_adaqn(
         [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.25}],
         lr=0.125, weight_decay=0.5, update_interval=2,
     )  # fmt: skip
@@ -157,7 +139,7 @@ def test_tensor_rates_equal_floats(dtype):
 
 def test_scheduler_drives_lr():
     params = random_parameters([(4,)])
-    optimizer = AdaQN(params, lr=1.0)
+    optimizer = plain_adaqn(params, lr=1.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     run(params, 1, optimizer=optimizer)
     scheduler.step()
@@ -166,7 +148,10 @@ def test_scheduler_drives_lr():
 
 def test_maximize_is_descent_on_the_negative():
     ours, theirs = (random_parameters([(6,)], torch.float64) for _ in range(2))
-    a, b = AdaQN(ours, maximize=True, update_interval=2), AdaQN(theirs, update_interval=2)
+    a, b = (
+        plain_adaqn(ours, maximize=True, update_interval=2),
+        plain_adaqn(theirs, update_interval=2),
+    )
     for step in range(9):
         set_gradients(theirs, step)
         ours[0].grad = -theirs[0].grad
@@ -180,7 +165,7 @@ def test_maximize_is_descent_on_the_negative():
 
 def test_missing_gradient_counts_as_zero():
     ours, theirs = (random_parameters([(3,), (4,)], torch.float64) for _ in range(2))
-    a, b = AdaQN(ours, update_interval=2), AdaQN(theirs, update_interval=2)
+    a, b = plain_adaqn(ours, update_interval=2), plain_adaqn(theirs, update_interval=2)
     for step in range(9):
         for params in (ours, theirs):
             set_gradients(params, step)
@@ -196,7 +181,7 @@ def test_missing_gradient_counts_as_zero():
 def test_step_without_any_gradient_changes_nothing():
     params = random_parameters([(3,)])
     before = params[0].detach().clone()
-    AdaQN(params).step()
+    plain_adaqn(params).step()
     assert torch.equal(params[0].detach(), before)
 
 
@@ -216,7 +201,7 @@ def test_gradient_layout_does_not_matter():
     (dense,) = random_parameters([(6, 4)], torch.float64)
     strided = nn.Parameter(dense.detach().t().contiguous().t())
     assert not strided.is_contiguous()
-    a, b = AdaQN([dense], update_interval=2), AdaQN([strided], update_interval=2)
+    a, b = plain_adaqn([dense], update_interval=2), plain_adaqn([strided], update_interval=2)
     for step in range(9):
         set_gradients([dense], step)
         strided.grad = dense.grad.clone(memory_format=torch.contiguous_format)
@@ -233,7 +218,7 @@ def test_low_precision_parameters_keep_float32_state(dtype):
     """Each step rounds once: the same as a float32 step from the rounded parameters."""
     low = random_parameters([(5, 3), (7,)], dtype)
     high = [nn.Parameter(p.detach().float()) for p in low]
-    a, b = AdaQN(low, update_interval=3), AdaQN(high, update_interval=3)
+    a, b = plain_adaqn(low, update_interval=3), plain_adaqn(high, update_interval=3)
     for step in range(12):
         set_gradients(low, step)
         for p, q in zip(low, high, strict=True):
@@ -249,7 +234,7 @@ def test_low_precision_parameters_keep_float32_state(dtype):
 def test_complex_parameters_count_as_pairs_of_real_ones():
     z = nn.Parameter(torch.randn(5, 2, dtype=torch.complex128))
     x = nn.Parameter(torch.view_as_real(z.detach()).clone())
-    a, b = AdaQN([z], update_interval=2), AdaQN([x], update_interval=2)
+    a, b = plain_adaqn([z], update_interval=2), plain_adaqn([x], update_interval=2)
     for step in range(9):
         set_gradients([x], step)
         z.grad = torch.view_as_complex(x.grad.clone()).conj().resolve_conj().conj()
@@ -271,7 +256,7 @@ def test_mixed_dtypes_share_the_widest_state():
 
 def test_closure_is_called_once_with_gradients():
     (w,) = random_parameters([(3,)])
-    optimizer, calls = AdaQN([w]), []
+    optimizer, calls = plain_adaqn([w]), []
 
     def closure():
         calls.append(torch.is_grad_enabled())
@@ -296,7 +281,7 @@ def test_monitor_sees_the_average_at_every_interval():
         seen.append(w.detach().clone())
         return 1.0
 
-    optimizer = AdaQN([w], update_interval=4, monitor=monitor)
+    optimizer = plain_adaqn([w], update_interval=4, monitor=monitor)
     for step in range(9):
         iterates.append(w.detach().clone())
         set_gradients([w], step)
@@ -364,7 +349,7 @@ def test_without_monitor_there_are_no_resets():
 
 def test_scaled_gradients_are_unscaled_and_overflow_is_dropped():
     plain, scaled = (random_parameters([(4,)]) for _ in range(2))
-    a, b = AdaQN(plain, update_interval=2), AdaQN(scaled, update_interval=2)
+    a, b = plain_adaqn(plain, update_interval=2), plain_adaqn(scaled, update_interval=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(10):
         set_gradients(plain, step)
@@ -382,7 +367,7 @@ def test_scaled_gradients_are_unscaled_and_overflow_is_dropped():
 
 def test_closure_under_grad_scaler_is_refused():
     params = random_parameters([(4,)])
-    optimizer = AdaQN(params)
+    optimizer = plain_adaqn(params)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     set_gradients(params, 0)
@@ -426,14 +411,14 @@ def test_failed_add_param_group_changes_nothing():
 
 def test_parameters_on_several_devices_are_refused():
     params = [*random_parameters([(2,)]), nn.Parameter(torch.zeros(2, device="meta"))]
-    optimizer = AdaQN(params)
+    optimizer = plain_adaqn(params)
     with pytest.raises(ValueError, match="cpu, meta"):
         optimizer.step()
 
 
 def test_state_holds_views_and_tells_its_bytes():
     params = random_parameters([(4, 2), (3,)])
-    optimizer = AdaQN(params, history_size=3, fisher_size=5)
+    optimizer = plain_adaqn(params, history_size=3, fisher_size=5)
     announced = optimizer.stats()["state_bytes"]
     assert f"{announced:,} bytes" in repr(optimizer)
     run(params, 2, optimizer=optimizer)
@@ -453,23 +438,21 @@ def test_state_holds_views_and_tells_its_bytes():
 
 
 def test_bfloat16_rings_take_half_the_bytes():
-    sizes = dict(history_size=10, fisher_size=32, diagonal=True)
     params = random_parameters([(1000,)])
-    full = Sizes.of(params, **sizes).bytes()
-    half = Sizes.of(
-        params, **sizes, history_dtype=torch.bfloat16, fisher_dtype=torch.bfloat16
-    ).bytes()
+    full = Sizes.of(params, PLAIN).bytes()
+    halved = {**PLAIN, "history_dtype": torch.bfloat16, "fisher_dtype": torch.bfloat16}
+    half = Sizes.of(params, halved).bytes()
     assert full - half == 1000 * 2 * (22 + 32)
 
 
 def test_repr_lists_options_and_backend():
-    text = repr(AdaQN(random_parameters([(2,)]), lr=0.125))
+    text = repr(plain_adaqn(random_parameters([(2,)]), lr=0.125))
     assert "lr: 0.125" in text and "Backend: " in text and text.endswith(")")
 
 
 def test_hooks_run():
     params = random_parameters([(2,)])
-    optimizer, calls = AdaQN(params), []
+    optimizer, calls = plain_adaqn(params), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     run(params, 1, optimizer=optimizer)
@@ -484,4 +467,4 @@ def test_zero_grad():
 
 
 def test_foreach_and_capturable_are_accepted():
-    AdaQN(random_parameters([(2,)]), foreach=True, capturable=False)
+    plain_adaqn(random_parameters([(2,)]), foreach=True, capturable=False)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from oracle import Oracle
-from problems import AuthorsProblem, trajectory
-
-from adaqn_cuda import AdaQN
+from problems import AuthorsProblem, plain_adaqn, trajectory
 
 CASES = [
     ("case1.csv", 1.0, 20, (50, 0, 24)),
@@ -18,7 +16,7 @@ CASES = [
 def test_authors_trajectory_is_reproduced(name, scale, fisher_size, outcome, fused):
     problem, expected = AuthorsProblem(scale), trajectory(name)
     w = torch.nn.Parameter(problem.w0.clone())
-    optimizer = AdaQN(
+    optimizer = plain_adaqn(
         [w],
         lr=0.02,
         history_size=5,
@@ -51,7 +49,9 @@ def test_every_configuration_follows_the_textbook_form(init, monitored, history_
     w = torch.nn.Parameter(problem.w0.clone())
     monitor = problem.loss if monitored else None
     oracle = Oracle(problem.w0, monitor=monitor, **options)
-    optimizer = AdaQN([w], monitor=(lambda: problem.loss(w)) if monitored else None, **options)
+    optimizer = plain_adaqn(
+        [w], monitor=(lambda: problem.loss(w)) if monitored else None, **options
+    )
     for step in range(200):
         g = problem.gradient(w.detach(), step)
         if step in (7, 8, 9, 31):

@@ -114,8 +114,8 @@ _ALL = (
     _language("gru", "GRU, 128 units", 500, 8, model="gru", hidden=128),
     _language("lstm", "LSTM, 128 units", 600, 8, model="lstm", hidden=128),
     _language(
-        "transformer", "transformer, 2 layers of width 64", 400, 11,
-        model="transformer", width=64, heads=4, layers=2, bptt=48, carry=False,
+        "transformer", "transformer, 2 layers of width 64", 250, 8,
+        model="transformer", width=64, heads=4, layers=2, bptt=64, carry=False,
     ),
     _language(
         "tanh-512", "Elman network, 128 units, batch 512", 200, 9,
