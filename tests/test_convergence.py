@@ -136,12 +136,13 @@ def test_contenders_are_run_over_shorter_horizons_too(tmp_path):
     from experiments.ledger import Ledger
 
     horizons = {}
-    for method in ("diagonal", "adam"):
+    for method in ("kronecker", "adam"):
         mine = study(method, "lstm")
         ledger = Ledger(tmp_path / f"{method}.jsonl")
         made = work_off(mine, ledger, parabola(mine.method.grid(mine.task)[2]))
         horizons[method] = [(r.horizon, r.steps) for r in made if r.seed]
-    assert horizons["diagonal"] == [(1.0, 4)] * 2 + [(0.5, 2)] * 2 + [(0.75, 3)] * 2
+    shorter = [(0.2, 1)] * 2 + [(0.5, 2)] * 2 + [(0.75, 3)] * 2
+    assert horizons["kronecker"] == [(1.0, 4)] * 2 + shorter
     assert horizons["adam"] == [(1.0, 4)] * 2
 
 

@@ -37,12 +37,15 @@ def arguments(text, *more, steps=30):
 
 @pytest.mark.parametrize("model", KINDS)
 @pytest.mark.parametrize("level", ["char", "word"])
-def test_every_model_learns(text, model, level):
-    run = Run(Config(model=model, level=level, data=text, **SMALL), load_corpus(text, level))
+@pytest.mark.parametrize("preset", ["default", "pairs"])
+def test_every_model_learns(text, model, level, preset):
+    config = Config(model=model, level=level, preset=preset, data=text, **SMALL)
+    run = Run(config, load_corpus(text, level))
     before = run.evaluate()
     result = run.train()
     assert result.valid < before - 0.15
-    assert result.stats["stored"] + result.stats["skipped"] == 2
+    pairs = {"default": 0, "pairs": 2}[preset]  # the first update sets the anchor
+    assert result.stats["stored"] + result.stats["skipped"] == pairs
 
 
 @pytest.mark.parametrize("optimizer", NAMES)
@@ -55,7 +58,7 @@ def test_every_optimizer_learns(text, optimizer):
 
 
 def test_monitor_is_held_fixed(text):
-    run = Run(Config(data=text, monitor=3, **SMALL), load_corpus(text, "char"))
+    run = Run(Config(data=text, monitor=3, preset="pairs", **SMALL), load_corpus(text, "char"))
     assert run.optimizer.monitor() == run.optimizer.monitor()
     run.train()
     assert math.isfinite(run.result.stats["monitored_loss"])
@@ -123,6 +126,7 @@ def test_missing_matplotlib_still_prints_the_numbers(text, tmp_path, capsys, mon
         (["train", "--save", "/"], "--save"),
         (["train", "--resume"], "--resume"),
         (["train", "--optimizer", "adam", "--monitor", "4"], "--monitor"),
+        (["train", "--monitor", "4"], "--preset pairs"),
         (["train", "--batch", "1000000"], "--batch"),
         (["compare", "--optimizers", "adaqn,magic"], "magic"),
         (["compare", "--lr", "adam:3"], "--lr"),
@@ -174,7 +178,7 @@ def kill_after_next_checkpoint(command, file):
 def test_killed_run_resumes_bit_for_bit(text, tmp_path):
     """SIGKILL at two random moments, then to the end: the losses of the uninterrupted run."""
     file = tmp_path / "run.pt"
-    command = train_command(text, tmp_path, "--monitor", 2, steps=400)
+    command = train_command(text, tmp_path, "--monitor", 2, "--preset", "pairs", steps=400)
     subprocess.run(command, check=True, timeout=120)
     expected = final_losses(tmp_path)
     command += ["--save", file, "--save-every", "7", "--resume"]

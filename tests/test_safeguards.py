@@ -58,7 +58,7 @@ def follow_the_textbook(fused, dtype, tolerance, ring_dtype=None, **options):
     )  # fmt: skip
     oracle = Oracle(flat(params), monitor=lambda _: LOSSES[step // 3], **options)
     oracle.ring_dtype = ring_dtype or torch.float64
-    for step in range(3 * len(LOSSES)):
+    for step in range(3 * len(LOSSES) + 2):
         oracle.min_curvature = inf if step // 3 in SKIPPED else 0.0
         optimizer.param_groups[0]["min_curvature"] = oracle.min_curvature
         set_gradients(params, step)

@@ -14,7 +14,7 @@ from .results import Table
 STYLES: dict[str, tuple[str, str]] = {
     "kronecker+pairs": ("#d55e00", "-"),
     "kronecker": ("#d55e00", "--"),
-    "difference": ("#d55e00", "-"),
+    "quasi-newton": ("#e69f00", "-"),
     "diagonal+pairs": ("#e69f00", "-"),
     "diagonal": ("#e69f00", "--"),
     "paper": ("#cc79a7", "-"),
@@ -35,8 +35,8 @@ SHOWN_LANGUAGE = (
     "paper, pairs off", "sgd", "adagrad",
 )  # fmt: skip
 SHOWN_DETERMINISTIC = (
-    "difference", "lbfgs", "adam", "nadam", "muon", "kronecker+pairs", "diagonal+pairs",
-    "rmsprop", "paper, pairs off", "paper", "sgd", "adagrad",
+    "quasi-newton", "kronecker", "lbfgs", "adam", "muon", "nadam", "rmsprop", "kronecker+pairs",
+    "diagonal+pairs", "paper, pairs off", "paper", "sgd", "adagrad",
 )  # fmt: skip
 
 

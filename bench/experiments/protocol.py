@@ -17,7 +17,7 @@ from .tasks import TEST_SEEDS, TUNING_SEED, Task
 from .training import Run
 
 #: Times that a grid may grow, each way; shares of the steps that contenders are also run over.
-EXTENSIONS, SHORT_HORIZONS = 2, (0.5, 0.75)
+EXTENSIONS, SHORT_HORIZONS = 2, (0.2, 0.5, 0.75)
 
 
 def extension(start: list[float], losses: dict[float, float]) -> float | None:
@@ -85,7 +85,7 @@ class Study:
 
     def tests(self, lr: float) -> list[Run]:
         """Runs of the tuned ``lr``, on seeds it was not tuned on."""
-        shorter = SHORT_HORIZONS if self.method.contender and self.task.stochastic else ()
+        shorter = SHORT_HORIZONS if self.method.contender else ()
         return [self.run(lr, seed, share) for share in (1.0, *shorter) for seed in TEST_SEEDS]
 
     def finished(self, ledger: Ledger) -> bool:

@@ -71,7 +71,7 @@ CAPTIONS = {
 
 def introduction(results: dict[str, Table]) -> str:
     references = ", ".join(REFERENCES)
-    shorter = " and ".join(f"{share:.0%}".replace("%", " %") for share in SHORT_HORIZONS)
+    shorter = ", ".join(f"{share:.0%}".replace("%", " %") for share in SHORT_HORIZONS)
     seeds = " and ".join(map(str, TEST_SEEDS))
     texts = sorted({task["text"] for task in results.values() if task["text"]})
     threads = {e["threads"] for t in results.values() for e in t["methods"].values()} - {None}
@@ -92,8 +92,8 @@ def introduction(results: dict[str, Table]) -> str:
         nothing is stopped early.""",
         f"""The target of a task is the mean loss of the best of {references}. "Steps" is how soon a
         method is as good, in percent of the full length, "wall" the same in percent of that best
-        one's time, and a dash means never. Settings of AdaQN (but the paper's) are also run over
-        {shorter} of the steps of language models, with the same lr, and count with the soonest.
+        one's time, and a dash means never. The default setting of AdaQN (`kronecker`) is also run
+        over {shorter} of the steps, with the same lr, and counts with the soonest.
         {clock}""",
         f"Texts: {', '.join(texts) or 'none'}.",
     )
