@@ -503,9 +503,10 @@ class AdaQN(Optimizer):
         spectrum = (correction.to(a.direction.dtype), common["eps"])
         a.kronecker.accumulate(grads, scale.to(a.direction.dtype), accepted, decay, refresh)
         a.kronecker.apply(a.direction, *spectrum, out=a.direction)
-        if len(a.s_ring):
-            op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
-        if len(a.s_ring) and common["max_direction"] < inf:
+        if len(a.s_ring) == 0:
+            return
+        op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
+        if common["max_direction"] < inf:
             g = scale.to(a.direction.dtype) * reference.gradient_vector(
                 params, grads, a.direction.dtype, None, False
             )
