@@ -25,12 +25,9 @@ from .curvature import (
     pending_displacement,
     sum_gradients,
 )
-from .kronecker import Kronecker
+from .kronecker import Kronecker, schedule
 from .layout import Counter, Loss
 from .options import CHECKS, PER_GROUP, check_callable, validate, validate_group
-
-#: Subspace iterations that find the eigenbases at the first step.
-FIRST_ITERATIONS = 10
 
 Monitor = Callable[[], "Tensor | float"]
 
@@ -110,6 +107,8 @@ class AdaQN(Optimizer):
             :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
         max_factor_dim (int, optional): sides of a matrix longer than this, such as an embedding's
             vocabulary, get no factor of their own in ``"kronecker"`` (default: 600).
+        max_vector_dim (int, optional): nor do vectors longer than this, whose factor is their whole
+            covariance (default: 64).
         factor_interval (int, optional): calls of :meth:`step` between two updates of the eigenbases
             (default: 5).
         blocks (Mapping[Tensor, int], optional): parameters that are several matrices on top of
@@ -181,6 +180,7 @@ class AdaQN(Optimizer):
         bias_correction: bool = True,
         max_grad_norm: float = inf,
         max_factor_dim: int = 600,
+        max_vector_dim: int = 64,
         factor_interval: int = 5,
         blocks: Mapping[Tensor, int] | None = None,
         monitor: Monitor | None = None,
@@ -262,9 +262,8 @@ class AdaQN(Optimizer):
         if common["init"] != "kronecker":
             return sizes.bytes()
         views = [real_view(p.detach()) for p in self._parameters()]
-        return sizes.bytes() + Kronecker.bytes(
-            views, self._blocks(self.param_groups), sizes.dtype, common["max_factor_dim"]
-        )
+        blocks = self._blocks(self.param_groups)
+        return sizes.bytes() + Kronecker.bytes(views, blocks, sizes.dtype, **_longest(common))
 
     def _new_arena(
         self, common: dict[str, Any], groups: list[dict[str, Any]] | None = None
@@ -283,7 +282,7 @@ class AdaQN(Optimizer):
             views = [real_view(p.detach()) for p in params]
             blocks = self._blocks(groups or self.param_groups)
             check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n > 1}, params)
-            kronecker = Kronecker(views, blocks, sizes.dtype, common["max_factor_dim"])
+            kronecker = Kronecker(views, blocks, sizes.dtype, **_longest(common))
         return Arena(params, sizes, kronecker)
 
     @staticmethod
@@ -492,8 +491,7 @@ class AdaQN(Optimizer):
         calls: int,
     ) -> None:
         """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
-        due = calls % common["factor_interval"] == 0
-        refresh = FIRST_ITERATIONS if calls == 1 else int(due)
+        taken, refresh = schedule(calls, common["factor_interval"])
         decay = common["decay"]
         scale = reference.gradient_factor(
             a.projections, self._scaling()[0], common["maximize"], common["max_grad_norm"]
@@ -501,7 +499,7 @@ class AdaQN(Optimizer):
         accepted = reference.step_is_accepted(a.projections, a.counters)
         correction = reference.bias_correction(a.counters, decay, common["bias_correction"])
         spectrum = (correction.to(a.direction.dtype), common["eps"])
-        a.kronecker.accumulate(grads, scale.to(a.direction.dtype), accepted, decay, refresh)
+        a.kronecker.accumulate(grads, scale.to(a.direction.dtype), accepted, decay, refresh, taken)
         a.kronecker.apply(a.direction, *spectrum, out=a.direction)
         if len(a.s_ring) == 0:
             return
@@ -711,6 +709,11 @@ def _diagonal(common: dict[str, Any]) -> tuple[float, float, float, bool]:
     decay = common["decay"]
     weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
     return *weights, common["eps"], common["bias_correction"]
+
+
+def _longest(common: dict[str, Any]) -> dict[str, int]:
+    """The longest sides that are factored."""
+    return {name: common[name] for name in ("max_factor_dim", "max_vector_dim")}
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -131,6 +131,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "bias_correction": _flag,
     "max_grad_norm": _number(0.0, "a number > 0", strict=True, infinite=True),
     "max_factor_dim": _count(1),
+    "max_vector_dim": _count(1),
     "factor_interval": _count(1),
     "maximize": _flag,
     "history_dtype": _ring_dtype,

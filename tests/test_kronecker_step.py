@@ -26,9 +26,9 @@ from adaqn_cuda import AdaQN, rnn_blocks
 from adaqn_cuda.layout import Counter
 
 #: Matrices of equal and of unequal shapes, a stack of two blocks, a tensor of third order, a
-#: vector, a number and nothing; sides of one and sides longer than LONGEST.
-SHAPES = [(3, 5), (6, 4), (3, 5), (2, 3, 2), (7,), (), (1, 4), (11, 2), (0, 3)]
-BLOCKS = [1, 2, 1, 1, 1, 1, 1, 1, 1]
+#: long and a short vector, a number and nothing; sides of one and sides longer than LONGEST.
+SHAPES = [(3, 5), (6, 4), (3, 5), (2, 3, 2), (7,), (), (1, 4), (11, 2), (0, 3), (4,)]
+BLOCKS = [1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
 LONGEST = 6
 FACTORED = dict(
     init="kronecker", lr=0.05, max_factor_dim=LONGEST, factor_interval=4, decay=0.9, eps=0.3
@@ -90,7 +90,7 @@ class DenseOracle(Oracle):
             rows = p.shape[0] // count if p.dim() else 1
             for k in range(count):
                 v = entry["accumulator"].reshape(count, -1)[k]
-                if p.dim() < 2 or p.numel() == 0:
+                if p.numel() == 0:
                     yield torch.eye(len(v), dtype=torch.float64), v
                     continue
                 columns = len(v) // rows
@@ -123,7 +123,7 @@ def test_steps_follow_the_textbook(name, dtype, fused):
     params = parameters(dtype)
     options = dict(RUNS[name], weight_decay=0.02)
     optimizer = factored(params, fused=fused, **options)
-    own = ("init", "max_factor_dim", "factor_interval")
+    own = ("init", "max_factor_dim", "max_vector_dim", "factor_interval")
     options = {key: value for key, value in options.items() if key not in own}
     oracle = DenseOracle(optimizer, **options)
     if name != "alone":
@@ -476,6 +476,7 @@ def test_state_holds_the_factors_as_views():
         6: dict(right=(1, 4, 4)),
         7: dict(right=(1, 2, 2)),
         8: {},
+        9: dict(left=(1, 4, 4)),
     }
     for index, shapes in expected.items():
         entry = optimizer.state[params[index]]

@@ -427,8 +427,9 @@ def test_nothing_is_called_at_pair_updates_that_do_not_come(name):
         ("max_grad_norm", None, TypeError),
         ("momentum", torch.tensor(0.9), ValueError),
         ("bias_correction", 1, TypeError),
-        *((n, 0, ValueError) for n in ("max_factor_dim", "factor_interval", "fisher_size")),
-        *((n, 2.5, TypeError) for n in ("max_factor_dim", "factor_interval", "history_size")),
+        *((n, 0, ValueError) for n in ("max_factor_dim", "max_vector_dim", "fisher_size")),
+        ("factor_interval", 0, ValueError),
+        *((n, 2.5, TypeError) for n in ("max_vector_dim", "factor_interval", "history_size")),
         ("init", "identity", ValueError),
         ("curvature", "exact", ValueError),
         ("curvature", None, ValueError),
@@ -455,6 +456,7 @@ def test_values_at_the_edge_are_accepted(options):
 
 def test_safeguards_are_common_to_all_groups():
     a, b = random_parameters([(2,), (3,)])
-    for name, value in dict(EVERYTHING, max_factor_dim=7, factor_interval=3).items():
+    own = dict(max_factor_dim=7, max_vector_dim=3, factor_interval=3)
+    for name, value in {**EVERYTHING, **own}.items():
         with pytest.raises(ValueError, match=f"{name}: a parameter group asks for"):
             plain_adaqn([{"params": [a]}, {"params": [b], name: value}])
