@@ -132,18 +132,71 @@ def test_a_method_that_always_diverges_ends(tmp_path):
     assert {run.seed for run in made} == {0}
 
 
-def test_contenders_are_run_over_shorter_horizons_too(tmp_path):
+def test_contenders_are_tuned_and_run_over_shorter_horizons_too(tmp_path):
     from experiments.ledger import Ledger
 
-    horizons = {}
+    made = {}
     for method in ("kronecker", "adam"):
         mine = study(method, "lstm")
-        ledger = Ledger(tmp_path / f"{method}.jsonl")
-        made = work_off(mine, ledger, parabola(mine.method.grid(mine.task)[2]))
-        horizons[method] = [(r.horizon, r.steps) for r in made if r.seed]
-    shorter = [(0.2, 1)] * 2 + [(0.5, 2)] * 2 + [(0.75, 3)] * 2
-    assert horizons["kronecker"] == [(1.0, 4)] * 2 + shorter
-    assert horizons["adam"] == [(1.0, 4)] * 2
+        ledger, centre = Ledger(tmp_path / f"{method}.jsonl"), mine.method.grid(mine.task)[2]
+        # The shorter, the higher the best lr: one point up at the shortest horizon.
+        made[method] = work_off(
+            mine, ledger, lambda run, c=centre: parabola(2.5 * c if run.horizon < 0.5 else c)(run)
+        )
+        assert mine.finished(ledger) and len(made[method]) == mine.most_runs()
+    shortest = [(r.lr, r.seed) for r in made["kronecker"] if r.horizon == 0.2]
+    assert [seed for _, seed in shortest] == [0, 0, 0, 1, 2]
+    centre = made["kronecker"][2].lr
+    assert [lr for lr, seed in shortest if seed] == pytest.approx([2.5 * centre] * 2)
+    assert {r.horizon for r in made["kronecker"]} == {1.0, 0.2, 0.5, 0.6, 0.7}
+    assert all(r.horizon == 1.0 for r in made["adam"])
+
+
+def test_a_given_lr_is_not_tuned_and_a_trial_not_tested(tmp_path):
+    from experiments.ledger import Ledger
+
+    mine, ledger = study("untuned", "lstm"), Ledger(tmp_path / "given.jsonl")
+    made = work_off(mine, ledger, parabola(1.0))
+    assert [(r.lr, r.seed) for r in made] == [(0.01, 0), (0.01, 1), (0.01, 2)]
+    mine, ledger = study("unit steps", "lstm"), Ledger(tmp_path / "trial.jsonl")
+    made = work_off(mine, ledger, parabola(mine.grid()[1]))
+    assert [(r.lr, r.seed) for r in made] == [(lr, 0) for lr in mine.grid()]
+
+
+@pytest.mark.parametrize("rule", ["unit", "trust", "distance"])
+def test_rescaled_steps_have_the_size_that_the_rule_gives(rule):
+    import torch
+    from experiments.scaled import Rescaled, rms
+
+    from adaqn_cuda import AdaQN
+
+    w = torch.nn.Parameter(torch.linspace(1, 2, 12, dtype=torch.float64).view(4, 3))
+    start = w.detach().clone()
+    optimizer = Rescaled(AdaQN([w], lr=0.1), rule)
+    for step in range(1, 4):
+        before = w.detach().clone()
+        w.grad = torch.cos(step * torch.arange(12, dtype=torch.float64)).view(4, 3)
+        optimizer.step()
+        size = rms(w.detach() - before).item()
+        distance = max(1e-3, rms(before - start).item())
+        expected = {
+            "unit": 0.1, "trust": 0.1 * rms(before).item(), "distance": 0.1 * distance / step**0.5,
+        }  # fmt: skip
+        assert size == pytest.approx(expected[rule], rel=1e-9)
+
+
+def test_relative_steps_are_multiples_of_the_parameters():
+    import torch
+    from experiments.scaled import Rescaled, rms
+
+    from adaqn_cuda import AdaQN
+
+    start = torch.linspace(1, 2, 12).view(4, 3)
+    w, twin = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    w.grad = twin.grad = torch.cos(torch.arange(12.0)).view(4, 3)
+    Rescaled(AdaQN([w], lr=0.1), "relative").step()
+    AdaQN([twin], lr=0.1).step()
+    torch.testing.assert_close(w - start, rms(start) * (twin - start))
 
 
 # ---------------------------------------------------------------------- runs

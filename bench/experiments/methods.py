@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from adaqn_cuda import PAPER, AdaQN, rnn_blocks
 
 from .problem import Problem
+from .scaled import RULES, Rescaled
 from .tasks import Task
 
 #: Points of an lr grid, and the ratio of two neighbours.
@@ -40,6 +41,8 @@ class Method:
             :data:`TASK_FACTOR` has the others) or ``"deterministic"`` problems.
         ours: whether it is a setting of AdaQN.
         contender: whether it is also run over shorter horizons.
+        lr: given where it is not to be tuned.
+        trial: whether it is only looked at on the tuning seed.
         schedule: of lr on deterministic problems: ``"linear"`` or ``"constant"``.
         runs_on: says on which tasks it makes sense.
         closure: whether its step evaluates the loss itself.
@@ -51,12 +54,16 @@ class Method:
     centres: dict[str, float]
     ours: bool = False
     contender: bool = False
+    lr: float | None = None
+    trial: bool = False
     schedule: str = "linear"
     runs_on: Callable[[Task], bool] = field(default=lambda task: True)
     closure: bool = False
 
     def grid(self, task: Task) -> list[float]:
         """The lr values to begin with."""
+        if self.lr is not None:
+            return [self.lr]
         family = "language" if task.stochastic else "deterministic"
         factor = TASK_FACTOR.get(task.name, 1.0) if task.name not in self.centres else 1.0
         centre = factor * self.centres.get(task.name, self.centres.get(family, 0.01))
@@ -191,6 +198,13 @@ def adaqn(problem: Problem, lr: float, options: dict[str, Any]) -> AdaQN:
     return AdaQN(problem.model.parameters(), **settings)
 
 
+def rescaled(problem: Problem, lr: float, options: dict[str, Any]) -> Rescaled:
+    """AdaQN with steps of another length; ``options`` names the ``rule``, too."""
+    options = dict(options)
+    rule = options.pop("rule")
+    return Rescaled(adaqn(problem, lr, options), rule)
+
+
 def _ours(
     name: str,
     options: dict[str, Any],
@@ -218,6 +232,7 @@ _QUASI_NEWTON = dict(
 
 _OURS = [
     _ours("kronecker", {**_KRONECKER, **_NO_PAIRS}, _RATES, contender=True),
+    _ours("untuned", {"from_problem": ["blocks"]}, {}, lr=0.01),
     _ours("kronecker+pairs", {**_KRONECKER, **_PAIRS}, _RATES),
     _ours("diagonal", {**_DIAGONAL, **_NO_PAIRS}, _RATES),
     _ours("diagonal+pairs", {**_DIAGONAL, **_PAIRS}, _RATES),
@@ -229,4 +244,24 @@ _OURS = [
     ),
 ]  # fmt: skip
 
-METHODS: dict[str, Method] = {method.name: method for method in (*_BASELINES, *_OURS)}
+
+def has_weights(task: Task) -> bool:
+    """Whether its parameters do not begin at zero."""
+    return task.stochastic or task.name == "pinn"
+
+
+_RULE_RATES = {
+    "unit": {"language": 0.005, "pinn": 0.001},
+    "relative": {"language": 0.1, "pinn": 0.02},
+    "trust": {"language": 0.05, "pinn": 0.01},
+    "distance": {"language": 1.0, "pinn": 1.0},
+}
+_TRIALS = [
+    Method(
+        f"{rule} steps", rescaled, {**_KRONECKER, **_NO_PAIRS, "rule": rule}, _RULE_RATES[rule],
+        ours=True, trial=True, runs_on=has_weights,
+    )
+    for rule in RULES
+]  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for method in (*_BASELINES, *_OURS, *_TRIALS)}

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .ledger import Ledger, key_of
-from .methods import METHODS, POINTS
+from .methods import METHODS
 from .protocol import Study
 from .tasks import TASKS, TUNING_SEED, Texts
 from .training import Run, execute
@@ -118,7 +118,6 @@ class Pool:
 
 
 def expected(study: Study, ledger: Ledger) -> int:
-    """Runs that ``study`` still needs, if its grid need not grow any more."""
-    missing = len(study.missing(ledger))
-    tuned = len(study.tuning(ledger)) >= POINTS
-    return missing if tuned else missing + len(study.tests(1.0))
+    """Runs that ``study`` still needs, as far as can be known."""
+    missing, tuned = len(study.missing(ledger)), len(study.tuning(ledger))
+    return max(missing, study.most_runs() - tuned) if tuned < len(study.grid()) else missing

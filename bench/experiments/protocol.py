@@ -1,8 +1,8 @@
 """What is to be run, given what has been: the same rules for every method.
 
 lr is tuned on the first seed over a grid of five points, which grows outwards by one point while
-its best is at an edge, at most twice each way.  The best lr is run on the other seeds, and for
-contenders over shorter horizons too.
+its best is at an edge, at most twice each way.  The best lr is run on the other seeds.  Contenders
+are also run over shorter horizons, for each of which lr is tuned anew among three points.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tasks import TEST_SEEDS, TUNING_SEED, Task
 from .training import Run
 
 #: Times that a grid may grow, each way; shares of the steps that contenders are also run over.
-EXTENSIONS, SHORT_HORIZONS = 2, (0.2, 0.5, 0.75)
+EXTENSIONS, SHORT_HORIZONS = 2, (0.2, 0.5, 0.6, 0.7)
 
 
 def extension(start: list[float], losses: dict[float, float]) -> float | None:
@@ -48,6 +48,10 @@ class Study:
     method: Method
     text: dict[str, str] | None
 
+    def grid(self) -> list[float]:
+        """The lr values to begin with."""
+        return self.method.grid(self.task)
+
     def run(self, lr: float, seed: int, horizon: float = 1.0) -> Run:
         return Run(self.task, self.method, lr, seed, horizon)
 
@@ -59,7 +63,7 @@ class Study:
 
     def tuning(self, ledger: Ledger) -> dict[float, float]:
         """Final loss at each lr of the grid, as far as it has been run and grown."""
-        start = self.method.grid(self.task)
+        start = self.grid()
         known = {lr: self.loss(ledger, self.run(lr, TUNING_SEED)) for lr in start}
         losses = {lr: loss for lr, loss in known.items() if loss is not None}
         while set(start) <= losses.keys():
@@ -72,21 +76,38 @@ class Study:
 
     def missing(self, ledger: Ledger) -> list[Run]:
         """Runs that are known to be needed and have not been made."""
-        start, losses = self.method.grid(self.task), self.tuning(ledger)
+        start, losses = self.grid(), self.tuning(ledger)
         if not set(start) <= losses.keys():
             return [self.run(lr, TUNING_SEED) for lr in start if lr not in losses]
-        further = extension(start, losses)
+        further = extension(start, losses) if self.method.lr is None else None
         if further is not None:
             return [self.run(further, TUNING_SEED)]
         best = best_rate(losses)
-        if not math.isfinite(losses[best]):
+        if self.method.trial or not math.isfinite(losses[best]):
             return []
-        return [run for run in self.tests(best) if self.find(ledger, run) is None]
+        return [run for run in self.tests(ledger, best) if self.find(ledger, run) is None]
 
-    def tests(self, lr: float) -> list[Run]:
-        """Runs of the tuned ``lr``, on seeds it was not tuned on."""
-        shorter = SHORT_HORIZONS if self.method.contender else ()
-        return [self.run(lr, seed, share) for share in (1.0, *shorter) for seed in TEST_SEEDS]
+    def tests(self, ledger: Ledger, best: float) -> list[Run]:
+        """Runs on seeds that lr was not tuned on, over all horizons; some are tuned first."""
+        runs = [self.run(best, seed) for seed in TEST_SEEDS]
+        for horizon in SHORT_HORIZONS if self.method.contender else ():
+            runs += self._shorter(ledger, best, horizon)
+        return runs
+
+    def _shorter(self, ledger: Ledger, best: float, horizon: float) -> list[Run]:
+        """Runs over one shorter horizon: three around ``best``, then the best of them elsewhere."""
+        around = [rounded(best * RATIO**step) for step in (-1, 0, 1)]
+        tuned = [self.run(lr, TUNING_SEED, horizon) for lr in around]
+        losses = {run.lr: self.loss(ledger, run) for run in tuned}
+        if None in losses.values():
+            return tuned
+        return [self.run(best_rate(losses), seed, horizon) for seed in TEST_SEEDS]
+
+    def most_runs(self) -> int:
+        """How many runs there are in all, if the grid need not grow."""
+        horizons = len(SHORT_HORIZONS) if self.method.contender else 0
+        tests = 0 if self.method.trial else len(TEST_SEEDS) * (1 + horizons) + 3 * horizons
+        return len(self.grid()) + tests
 
     def finished(self, ledger: Ledger) -> bool:
         return not self.missing(ledger)

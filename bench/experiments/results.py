@@ -32,13 +32,15 @@ def collect(ledger: Ledger, tasks: Sequence[Task], methods: Sequence[Method]) ->
 
 def of_task(ledger: Ledger, task: Task, methods: Sequence[Method]) -> Table:
     """Every method's losses and times on ``task``, and the target that all are held against."""
-    text, table, unfinished = text_of(ledger, task), {}, []
+    text, table, trials, unfinished = text_of(ledger, task), {}, {}, []
     for method in (m for m in methods if m.runs_on(task)):
         study = Study(task, method, text)
-        if study.finished(ledger):
-            table[method.name] = of_method(ledger, study)
-        else:
+        if not study.finished(ledger):
             unfinished.append(method.name)
+        elif method.trial:
+            trials[method.name] = of_tuning(ledger, study)
+        else:
+            table[method.name] = of_method(ledger, study)
     references = [name for name in REFERENCES if name in table]
     target = min(references, key=lambda name: table[name]["mean"], default=None)
     for entry in table.values():
@@ -46,7 +48,7 @@ def of_task(ledger: Ledger, task: Task, methods: Sequence[Method]) -> Table:
     return {
         "title": task.title, "metric": task.metric, "stochastic": task.stochastic,
         "definition": task.definition(), "text": text and text["name"], "target": target,
-        "unfinished": unfinished, "methods": table,
+        "unfinished": unfinished, "methods": table, "trials": trials,
     }  # fmt: skip
 
 
@@ -57,21 +59,33 @@ def text_of(ledger: Ledger, task: Task) -> dict[str, str] | None:
     return mine[-1]["definition"]["text"] if mine else None
 
 
-def of_method(ledger: Ledger, study: Study) -> Table:
-    """Tuning and test losses of one method, its mean curve for each horizon, its step time."""
+def of_tuning(ledger: Ledger, study: Study) -> Table:
+    """The losses at each lr on the tuning seed, and the best of them."""
     losses = study.tuning(ledger)
     lr = best_rate(losses)
-    tests = [] if math.isinf(losses[lr]) else study.tests(lr)
+    return {
+        "ours": study.method.ours, "options": study.method.definition(), "lr": lr,
+        "edge": study.method.lr is None and lr in (min(losses), max(losses)),
+        "tuning": [list(p) for p in losses.items()],
+    }  # fmt: skip
+
+
+def of_method(ledger: Ledger, study: Study) -> Table:
+    """Tuning and test losses of one method, its mean curve for each horizon, its step time."""
+    table = of_tuning(ledger, study)
+    loss = dict(table["tuning"])[table["lr"]]
+    tests = [] if math.isinf(loss) else study.tests(ledger, table["lr"])
     records = {(run.horizon, run.seed): study.find(ledger, run) for run in tests}
     horizons = sorted({horizon for horizon, _ in records}, reverse=True)
     curves = {h: mean_curve([records[h, seed] for seed in TEST_SEEDS]) for h in horizons}
     finals = {h: [final_loss(records[h, seed]) for seed in TEST_SEEDS] for h in horizons}
     full = finals.pop(1.0, [math.inf] * len(TEST_SEEDS))
     return {
-        "ours": study.method.ours, "options": study.method.definition(), "lr": lr,
-        "edge": lr in (min(losses), max(losses)), "tuning": [list(p) for p in losses.items()],
-        "seeds": list(TEST_SEEDS), "losses": full, "mean": mean(full),
-        "shorter": {str(h): values for h, values in finals.items()},
+        **table, "seeds": list(TEST_SEEDS), "losses": full, "mean": mean(full),
+        "shorter": {
+            str(run.horizon): {"lr": run.lr, "losses": finals[run.horizon]}
+            for run in tests if run.horizon != 1.0
+        },
         "curves": {str(h): thinned(curve) for h, curve in curves.items()},
         "stats": records[1.0, TEST_SEEDS[0]]["stats"] if tests else None,
         **timing_of(ledger, study),
