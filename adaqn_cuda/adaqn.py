@@ -89,7 +89,8 @@ class AdaQN(Optimizer):
             and with a dict from each parameter to its part of :math:`s`, returns a mapping from
             parameters to their parts of :math:`y`; see :func:`adaqn_cuda.gauss_newton` and
             :func:`adaqn_cuda.hessian`. Not copied or pickled: assign ``curvature_product`` anew
-            then (default: ``"fisher"``).
+            then. With data parallelism, what the closure and the callable compute must be averaged
+            over the ranks by themselves, as only gradients are (default: ``"fisher"``).
         curvature_closure (Callable, optional): returns the loss on the current batch, with its
             graph and without calling backward. Can be assigned later, e.g. anew in every step; not
             copied or pickled (default: ``None``).
@@ -115,9 +116,10 @@ class AdaQN(Optimizer):
             each other, and how many: they get factors of their own. ``rnn_blocks(model)`` gives it
             for LSTM and GRU layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
-            one-element tensor. Called without gradients at every pair update, with the
-            parameters holding the averaged iterate; should be deterministic. ``None`` turns
-            resets off. Can be assigned later; not copied or pickled (default: ``None``).
+            one-element tensor. Called without gradients or autocast at every pair update, with the
+            parameters holding the averaged iterate; should be deterministic, and the same on all
+            ranks. ``None`` turns resets off. Can be assigned later; not copied or pickled
+            (default: ``None``).
         weight_decay (float, Tensor, optional): decoupled weight decay, as in AdamW (default: 0).
         maximize (bool, optional): maximize the objective (default: ``False``).
         history_dtype (torch.dtype, optional): dtype in which the pairs are kept: ``None`` for the

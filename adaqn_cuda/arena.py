@@ -18,6 +18,8 @@ VECTORS = (
     "accumulator", "momentum", "iterate_sum", "anchor", "gradient_sum", "anchor_gradient",
 )  # fmt: skip
 RINGS = ("s_ring", "y_ring", "fisher")
+#: Rows of rings begin at multiples of so many bytes, which the CUDA kernels take at a time.
+ROW_BYTES = 16
 #: Buffers that belong to the optimizer as a whole.  Checkpoints hold these and views of the above.
 SHARED = ("gram", "moments", "losses", "counters", "calls")
 
@@ -25,6 +27,18 @@ SHARED = ("gram", "moments", "losses", "counters", "calls")
 def real_view(tensor: Tensor) -> Tensor:
     """Complex tensors as real ones with a trailing dimension of 2; real tensors as they are."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def row_stride(columns: int, dtype: torch.dtype) -> int:
+    """Elements from one row of a ring to the next."""
+    step = ROW_BYTES // dtype.itemsize
+    return -(-columns // step) * step
+
+
+def ring(rows: int, columns: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Zeros of shape (rows, columns); nobody reads what lies between the rows."""
+    stride = row_stride(columns, dtype)
+    return torch.zeros(rows, stride, dtype=dtype, device=device)[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,20 @@ class Sizes:
 
     def bytes(self) -> int:
         """Device memory that these buffers take."""
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.buffers().values())
+        return sum(
+            dtype.itemsize
+            * (shape[0] * row_stride(shape[1], dtype) if name in RINGS else prod(shape))
+            for name, (shape, dtype) in self.buffers().items()
+        )
+
+    def allocate(self, device: torch.device) -> list[Tensor]:
+        """The buffers, zero, in the order of :meth:`buffers`."""
+        return [
+            ring(*shape, dtype, device)
+            if name in RINGS
+            else torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in self.buffers().items()
+        ]
 
 
 class Buffers:
@@ -150,8 +177,7 @@ class Arena(Buffers):
         self.params = params
         self.device = params[0].device
         self.names = tuple(sizes.buffers())
-        tensors = (torch.zeros(s, dtype=t, device=self.device) for s, t in sizes.buffers().values())
-        super().__init__(self.names, tensors)
+        super().__init__(self.names, sizes.allocate(self.device))
         self.kronecker = kronecker
         self.losses.fill_(torch.nan)
         self.calls = torch.zeros((), dtype=torch.int64)

@@ -48,17 +48,12 @@ CHUNK = 2**24
 def schedule(calls: int, interval: int) -> tuple[bool, int]:
     """Whether L and R take in the gradient of a call, and the subspace iterations that follow.
 
-    The bases are sought at the first call, and once more when they are next due: the first call
-    may be a step that is dropped, and a first gradient says little.
-
     Args:
         calls: number of the call, from 1 on.
         interval: calls between two updates of the bases.
     """
     taken = calls <= FIRST_CALLS or calls % 2 == 0
-    if calls in (1, max(interval, 2)):
-        return taken, FIRST_ITERATIONS
-    return taken, int(calls % interval == 0)
+    return taken, FIRST_ITERATIONS if calls == 1 else int(calls % interval == 0)
 
 
 # --------------------------------------------------------------------------- layout

@@ -8,9 +8,19 @@ from math import inf
 import torch
 from torch import Tensor
 
+from adaqn_cuda.arena import RINGS, ROW_BYTES, row_stride
 from adaqn_cuda.layout import Counter, pair_slots, projections_size, state_dtype
 
 F64 = torch.float64
+
+
+def spaced(matrix: Tensor) -> Tensor:
+    """The same, with NaN between the rows, where nobody may read."""
+    rows, columns = matrix.shape
+    stride = row_stride(columns, matrix.dtype) + ROW_BYTES // matrix.dtype.itemsize
+    memory = torch.full((rows, stride), torch.nan, dtype=matrix.dtype)
+    memory[:, :columns] = matrix
+    return memory[:, :columns]
 
 
 @dataclass
@@ -46,15 +56,15 @@ class State:
         self.numel, self.slots = d, slots
         curvature = 0.5 + torch.rand(d, generator=self.generator)
         s = self.randn(slots, d)
-        self.s_ring = s.to(self.history_dtype or self.dtype)
-        self.y_ring = (s * curvature).to(self.history_dtype or self.dtype)
+        self.s_ring = spaced(s.to(self.history_dtype or self.dtype))
+        self.y_ring = spaced((s * curvature).to(self.history_dtype or self.dtype))
         self.gram = torch.zeros(slots + 1, slots, dtype=F64)
         self.gram[:slots] = self.s_ring.double() @ self.y_ring.double().T
         self.gram[slots] = self.y_ring.double().square().sum(1)
         if not slots:
             self.fisher_size = 1  # as if it had one row
         self.fisher_rows = self.fisher_size if slots else 0
-        self.fisher = self.randn(self.fisher_rows, d).to(self.fisher_dtype or self.dtype)
+        self.fisher = spaced(self.randn(self.fisher_rows, d).to(self.fisher_dtype or self.dtype))
         self.accumulator = None if self.scalar else self.vector().abs()
         self.momentum = self.vector() if self.averaged else None
         self.image = self.vector() if self.damped else None
@@ -89,7 +99,7 @@ class State:
         other = replace(self, shapes=[])
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                value = value.clone()
+                value = spaced(value) if name in RINGS else value.clone()
             elif name in ("params", "grads"):
                 value = [None if t is None else t.clone() for t in value]
             setattr(other, name, value)

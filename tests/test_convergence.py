@@ -148,7 +148,7 @@ def test_contenders_are_tuned_and_run_over_shorter_horizons_too(tmp_path):
     assert [seed for _, seed in shortest] == [0, 0, 0, 1, 2]
     centre = made["kronecker"][2].lr
     assert [lr for lr, seed in shortest if seed] == pytest.approx([2.5 * centre] * 2)
-    assert {r.horizon for r in made["kronecker"]} == {1.0, 0.2, 0.5, 0.6, 0.7}
+    assert {r.horizon for r in made["kronecker"]} == {1.0, 0.2, 0.5, 0.65, 0.75}
     assert all(r.horizon == 1.0 for r in made["adam"])
 
 

@@ -315,7 +315,7 @@ def test_outcomes_of_a_pair_update(outcome, averaged):
 @pytest.mark.parametrize("dtype", [None, BF16])
 def test_a_candidate_that_is_not_finite_leaves_zeros(poison, dtype):
     state = State([(33000,)], history_dtype=dtype, averaged=True, damped=True)
-    getattr(state, poison).view(-1)[17] = torch.inf
+    torch.atleast_2d(getattr(state, poison))[0, 17] = torch.inf
     native("curvature_pass_b", state)
     assert not state.s_ring[3].any() and not state.y_ring[3].any() and not state.column.any()
 
@@ -588,7 +588,7 @@ def test_same_bits_for_any_number_of_threads():
 BAD = {
     "s_ring: expected shape": {"s_ring": torch.zeros(5, 32)},
     "s_ring: expected dtype": {"s_ring": torch.zeros(5, 31, dtype=F64)},
-    "s_ring: expected a contiguous": {"s_ring": torch.zeros(31, 5).T},
+    "s_ring: expected contiguous rows": {"s_ring": torch.zeros(31, 5).T},
     "s_ring: expected a matrix": {"s_ring": torch.zeros(31)},
     "s_ring: expected no rows or at least 2": {"s_ring": torch.zeros(1, 31)},
     "y_ring: expected shape": {"y_ring": torch.zeros(5, 30)},

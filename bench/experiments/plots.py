@@ -14,6 +14,7 @@ from .results import Table
 STYLES: dict[str, tuple[str, str]] = {
     "kronecker+pairs": ("#d55e00", "-"),
     "kronecker": ("#d55e00", "--"),
+    "untuned": ("#d55e00", ":"),
     "quasi-newton": ("#e69f00", "-"),
     "diagonal+pairs": ("#e69f00", "-"),
     "diagonal": ("#e69f00", "--"),
@@ -31,8 +32,8 @@ OTHER = ("#f0e442", "-")
 #: Lines in a panel; those of most interest come first.
 LINES = 7
 SHOWN_LANGUAGE = (
-    "kronecker+pairs", "kronecker", "diagonal+pairs", "muon", "adam", "nadam", "rmsprop", "paper",
-    "paper, pairs off", "sgd", "adagrad",
+    "kronecker", "untuned", "kronecker+pairs", "muon", "adam", "nadam", "rmsprop",
+    "diagonal+pairs", "paper", "paper, pairs off", "sgd", "adagrad",
 )  # fmt: skip
 SHOWN_DETERMINISTIC = (
     "quasi-newton", "kronecker", "lbfgs", "adam", "muon", "nadam", "rmsprop", "kronecker+pairs",

@@ -17,7 +17,7 @@ from .tasks import TEST_SEEDS, TUNING_SEED, Task
 from .training import Run
 
 #: Times that a grid may grow, each way; shares of the steps that contenders are also run over.
-EXTENSIONS, SHORT_HORIZONS = 2, (0.2, 0.5, 0.6, 0.7)
+EXTENSIONS, SHORT_HORIZONS = 2, (0.2, 0.5, 0.65, 0.75)
 
 
 def extension(start: list[float], losses: dict[float, float]) -> float | None:

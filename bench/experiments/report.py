@@ -22,6 +22,7 @@ from .results import REFERENCES, Table, collect
 from .tasks import TEST_SEEDS, TUNING_SEED, Task
 
 NAME = "convergence"
+CONVEX = ("least-squares", "regression")
 ABSENT = "–"
 
 
@@ -58,6 +59,7 @@ def text(results: dict[str, Table], pictures: list[str]) -> str:
     """The report, in Markdown."""
     parts = [introduction(results), summary(results)]
     parts += [f"![{CAPTIONS[name]}]({name})" for name in pictures]
+    parts += [rates(results)]
     parts += [section(name, task) for name, task in results.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -93,12 +95,15 @@ def introduction(results: dict[str, Table]) -> str:
         f"""The target of a task is the mean loss of the best of {references}. "Steps" is how soon a
         method is as good, in percent of the full length, "wall" the same in percent of that best
         one's time, and a dash means never. The default setting of AdaQN (`kronecker`) is also run
-        over {shorter} of the steps, with the same lr, and counts with the soonest.
-        {clock}""",
+        over {shorter} of the steps, each with the best of three lr on seed {TUNING_SEED}, and
+        counts with the soonest. `untuned` is that setting at the lr it has by default. {clock}""",
         f"Texts: {', '.join(texts) or 'none'}.",
     )
-    filled = (textwrap.fill(" ".join(paragraph.split()), 100) for paragraph in paragraphs)
-    return "\n\n".join(("# Convergence", *filled))
+    return "\n\n".join(("# Convergence", *map(filled, paragraphs)))
+
+
+def filled(paragraph: str) -> str:
+    return textwrap.fill(" ".join(paragraph.split()), 100)
 
 
 # ---------------------------------------------------------------------- tables
@@ -129,6 +134,33 @@ def summary(results: dict[str, Table]) -> str:
         )
     note = "Mean over the test seeds; steps and wall are those of the best AdaQN setting."
     return f"## Summary\n\n{note}\n\n{markdown(head, rows)}"
+
+
+def rates(results: dict[str, Table]) -> str:
+    """The best lr of each method on each task, and what rescaled steps do to it."""
+    tasks = {name: task for name, task in results.items() if name not in CONVEX}
+    entries = {name: {**task["methods"], **task["trials"]} for name, task in tasks.items()}
+    known = {method for found in entries.values() for method in found}
+    trials = sorted({method for task in tasks.values() for method in task["trials"]})
+    methods = [m for m in (*REFERENCES, "muon", "kronecker", *trials) if m in known]
+    rows = []
+    for method in methods:
+        mine = {name: found[method] for name, found in entries.items() if method in found}
+        lrs = [entry["lr"] for entry in mine.values()]
+        cells = [rate(tasks[n], mine[n]) if n in mine else ABSENT for n in tasks]
+        rows.append([method, *cells, f"{max(lrs) / min(lrs):.0f}"])
+    note = f"""The best lr, and the loss there on the tuning seed {TUNING_SEED}; convex problems are
+    left out. The last column is the largest of these lr over the smallest. The methods below
+    `kronecker` are that one with every tensor's step rescaled: `unit`, the step's root mean square
+    is lr; `relative`, the step is multiplied by that of the parameters; `trust`, both; `distance`,
+    as `unit`, times the distance from the start over the root of the steps."""
+    table = markdown(["method", *tasks, "spread"], rows)
+    return f"## Best lr\n\n{filled(note)}\n\n{table}"
+
+
+def rate(task: Table, entry: Table) -> str:
+    loss = dict(entry["tuning"])[entry["lr"]]
+    return f"{entry['lr']:g}: {number(task, loss)}"
 
 
 def section(name: str, task: Table) -> str:

@@ -12,17 +12,18 @@
 
 namespace adaqn::cpu {
 
-/// A matrix in memory: rows of `columns` elements.
+/// A matrix in memory: rows of `columns` elements, `stride` apart.
 struct Matrix {
   void* data;
   Dtype dtype;
   int64_t rows;
   int64_t columns;
+  int64_t stride;
 };
 
 template <class R>
 R* row(const Matrix& matrix, int64_t index) {
-  return static_cast<R*>(matrix.data) + index * matrix.columns;
+  return static_cast<R*>(matrix.data) + index * matrix.stride;
 }
 
 /// The one row of a vector that may be null: no row then.

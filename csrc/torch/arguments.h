@@ -139,4 +139,20 @@ inline int64_t check_rows(const Tensor& tensor, const Name& name, int64_t least)
   return tensor.size(0);
 }
 
+/// Elements between two rows of a ring of this shape; within a row they are contiguous.
+inline int64_t check_ring_shape(const Tensor& tensor, const Name& name, const Place& place,
+                                int64_t rows, int64_t columns) {
+  place.check(tensor, name);
+  const auto sizes = tensor.sizes();
+  const std::initializer_list<int64_t> shape{rows, columns};
+  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
+    fail(name, "expected shape ", shape_text(shape), ", got ", shape_text(sizes));
+  }
+  const int64_t stride = tensor.stride(0);
+  if ((columns > 1 && tensor.stride(1) != 1) || (rows > 1 && stride < columns)) {
+    fail(name, "expected contiguous rows");
+  }
+  return stride;
+}
+
 }  // namespace adaqn

@@ -64,9 +64,9 @@ void* optional_vector_of(const OptionalTensor& tensor, const Name& name, const P
 Matrix ring_of(const Tensor& tensor, const Name& name, const Place& place, int64_t least_rows,
                int64_t columns, Dtype dtype) {
   const int64_t rows = check_rows(tensor, name, least_rows);
-  check_shape(tensor, name, place, {rows, columns});
+  const int64_t stride = check_ring_shape(tensor, name, place, rows, columns);
   check_ring_dtype(tensor, name, scalar_type(dtype));
-  return {tensor.mutable_data_ptr(), dtype_of(tensor, name), rows, columns};
+  return {tensor.mutable_data_ptr(), dtype_of(tensor, name), rows, columns, stride};
 }
 
 double* doubles_of(const Tensor& tensor, const Name& name, const Place& place,
@@ -469,7 +469,7 @@ void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Ten
   const Matrix f = ring_of(fisher, {"fisher"}, place, 1, size, dtype);
   const Matrix s = ring_of(s_ring, {"s_ring"}, place, 2, size, dtype);
   const Matrix y = ring_of(y_ring, {"y_ring"}, place, s.rows, size, dtype);
-  check_shape(y_ring, {"y_ring"}, place, {s.rows, size});
+  check_ring_shape(y_ring, {"y_ring"}, place, s.rows, size);
   check_dtype(y_ring, {"y_ring"}, s_ring.scalar_type());
   const int64_t* words = counters_of(counters, place);
   check_pair_words(words, s.rows);

@@ -107,15 +107,10 @@ class StateBuilder {
 
   /// Rows of contiguous elements, any stride apart.
   cuda::Ring ring(const Tensor& tensor, const Name& name, int64_t rows) const {
-    place_.check(tensor, name);
     check_rows(tensor, name, 0);
-    if (tensor.size(0) != rows || tensor.size(1) != state_.numel) {
-      fail(name, "expected shape ", shape_text(std::initializer_list<int64_t>{rows, state_.numel}),
-           ", got ", shape_text(tensor.sizes()));
-    }
-    if (state_.numel > 1 && tensor.stride(1) != 1) fail(name, "expected contiguous rows");
+    const int64_t stride = check_ring_shape(tensor, name, place_, rows, state_.numel);
     check_ring_dtype(tensor, name, scalar_type(state_.type));
-    return {tensor.mutable_data_ptr(), tensor.stride(0)};
+    return {tensor.mutable_data_ptr(), stride};
   }
 
   /// One more than `history_size`, or none at all.
