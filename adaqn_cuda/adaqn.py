@@ -53,15 +53,16 @@ class AdaQN(Optimizer):
     - ``"kronecker"``: for a matrix block :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
       Q_R) / \sqrt{v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the averages of
       :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`,
-      close to `SOAP`_;
+      close to `SOAP`_; a vector is a matrix of one column;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
       average, or the sum, of :math:`g^2`;
     - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none.
 
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
-    \text{fisher\_size}` more. ``"kronecker"`` adds :math:`2 a^2 + 2 b^2` for each a x b block, and
-    without pairs 1 per parameter. ``repr(optimizer)`` tells the bytes before they are allocated.
+    \text{fisher\_size}` more. ``"kronecker"`` adds :math:`2 a^2 + 2 b^2` for each a x b block with
+    both sides factored, and without pairs 1 per parameter. ``repr(optimizer)`` tells the bytes
+    before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.

@@ -72,7 +72,10 @@ def main() -> None:
         for task in tasks:
             timing.measure(task, [m for m in methods if m.runs_on(task)], ledger, texts)
     else:
-        for path in report.write(ledger, tasks, methods, options.results):
+        command = "python bench/convergence.py report --work runs.jsonl"
+        command += f" --scale {options.scale:g}" if options.scale != 1 else ""
+        command += f' --methods "{options.methods}"' if options.methods else ""
+        for path in report.write(ledger, tasks, methods, options.results, command):
             print(path)
 
 

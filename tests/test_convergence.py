@@ -274,7 +274,9 @@ def test_a_report_says_who_wins(tmp_path):
                 }
             )  # fmt: skip
     tasks, methods = [short("least-squares"), short("lstm")], [METHODS[m] for m in offsets]
-    written = report.write(ledger, tasks, [*methods, METHODS["muon"]], tmp_path / "results")
+    written = report.write(
+        ledger, tasks, [*methods, METHODS["muon"]], tmp_path / "results", "a command"
+    )
     assert sorted(path.name for path in written) == [
         "convergence-deterministic.png", "convergence-loss.png", "convergence-lr.png",
         "convergence.json", "convergence.md",

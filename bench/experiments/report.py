@@ -27,22 +27,25 @@ ABSENT = "–"
 
 
 def write(
-    ledger: Ledger, tasks: Sequence[Task], methods: Sequence[Method], folder: Path
+    ledger: Ledger, tasks: Sequence[Task], methods: Sequence[Method], folder: Path, command: str
 ) -> list[Path]:
-    """Write JSON, pictures and text to ``folder``; the files written."""
+    """Write JSON, pictures and text to ``folder``; the files written.
+
+    ``command`` is what people type for the same report.
+    """
     results = collect(ledger, tasks, methods)
     if not results:
         raise SystemExit(f"{ledger.path}: no method is finished on any of the tasks")
     folder.mkdir(parents=True, exist_ok=True)
     written = plots.draw(results, folder, NAME)
     content = {
-        "command": f"python bench/convergence.py report --work {ledger.path.name}",
+        "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {"adaqn_cuda": adaqn_cuda.__version__, "torch": torch.__version__},
         "tasks": rounded(results),
     }
     write_json(folder / f"{NAME}.json", content)
-    (folder / f"{NAME}.md").write_text(text(results, [path.name for path in written]))
+    (folder / f"{NAME}.md").write_text(text(results, [path.name for path in written], command))
     return [folder / f"{NAME}.json", folder / f"{NAME}.md", *written]
 
 
@@ -55,9 +58,9 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def text(results: dict[str, Table], pictures: list[str]) -> str:
+def text(results: dict[str, Table], pictures: list[str], command: str) -> str:
     """The report, in Markdown."""
-    parts = [introduction(results), summary(results)]
+    parts = [introduction(results, command), summary(results)]
     parts += [f"![{CAPTIONS[name]}]({name})" for name in pictures]
     parts += [rates(results)]
     parts += [section(name, task) for name, task in results.items()]
@@ -71,7 +74,7 @@ CAPTIONS = {
 }
 
 
-def introduction(results: dict[str, Table]) -> str:
+def introduction(results: dict[str, Table], command: str) -> str:
     references = ", ".join(REFERENCES)
     shorter = ", ".join(f"{share:.0%}".replace("%", " %") for share in SHORT_HORIZONS)
     seeds = " and ".join(map(str, TEST_SEEDS))
@@ -84,8 +87,7 @@ def introduction(results: dict[str, Table]) -> str:
         else "Steps have not been timed yet."
     )
     paragraphs = (
-        f"""Written by `python bench/convergence.py report`; the numbers are in
-        [{NAME}.json]({NAME}.json).""",
+        f"Written by `{command}`; the numbers are in [{NAME}.json]({NAME}.json).",
         f"""Every method has its lr tuned by the same rule: {POINTS} points, a factor of {RATIO}
         apart, on seed {TUNING_SEED}; while the best is at an edge the grid grows by a point, at
         most {EXTENSIONS} times each way ("edge" marks where it still ended there). That lr is then
