@@ -60,9 +60,9 @@ class AdaQN(Optimizer):
 
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
-    \text{fisher\_size}` more. ``"kronecker"`` adds :math:`2 a^2 + 2 b^2` for each a x b block with
-    both sides factored, and without pairs 1 per parameter. ``repr(optimizer)`` tells the bytes
-    before they are allocated.
+    \text{fisher\_size}` more. ``"kronecker"`` adds :math:`2 a^2` for each factored side of length
+    a of a block, and without pairs 1 per parameter. ``repr(optimizer)`` tells the bytes before they
+    are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.
@@ -109,8 +109,9 @@ class AdaQN(Optimizer):
             :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
         max_factor_dim (int, optional): sides of a matrix longer than this, such as an embedding's
             vocabulary, get no factor of their own in ``"kronecker"`` (default: 600).
-        max_vector_dim (int, optional): nor do vectors longer than this, whose factor is their whole
-            covariance (default: 64).
+        max_vector_dim (int, optional): nor do vectors longer than this, or than ``max_factor_dim``,
+            whose factor is their whole covariance. A complex vector counts as a matrix of two
+            columns (default: 64).
         factor_interval (int, optional): calls of :meth:`step` between two updates of the eigenbases
             (default: 5).
         blocks (Mapping[Tensor, int], optional): parameters that are several matrices on top of

@@ -1,10 +1,9 @@
-"""The flat state: one contiguous buffer per kind, and each parameter's views of it."""
+"""The flat state: one buffer per kind, and each parameter's views of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -120,11 +119,8 @@ class Sizes:
 
     def bytes(self) -> int:
         """Device memory that these buffers take."""
-        return sum(
-            dtype.itemsize
-            * (shape[0] * row_stride(shape[1], dtype) if name in RINGS else prod(shape))
-            for name, (shape, dtype) in self.buffers().items()
-        )
+        buffers = self.allocate(torch.device("meta"))
+        return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
 
     def allocate(self, device: torch.device) -> list[Tensor]:
         """The buffers, zero, in the order of :meth:`buffers`."""

@@ -16,9 +16,9 @@ A side of length 1, or longer than ``max_factor_dim``, takes the identity for it
 factored side this is the diagonal of RMSprop.  A vector is a matrix of one column, whose L is its
 whole covariance; as that is dear for what it serves, vectors have a limit of their own.
 
-L and R take in every second gradient only, which saves products and changes little.  H0 is
-symmetric positive definite for every orthogonal Q and every v >= 0.  It does not depend on the
-signs of the columns of Q, nor on their order as long as v follows it.
+After the first calls L and R take in every second gradient only, which saves products and changes
+little.  H0 is symmetric positive definite for every orthogonal Q and every v >= 0.  It does not
+depend on the signs of the columns of Q, nor on their order as long as v follows it.
 
 No function reads a device value on the host; decisions are taken with ``torch.where``.
 """
@@ -47,6 +47,9 @@ CHUNK = 2**24
 
 def schedule(calls: int, interval: int) -> tuple[bool, int]:
     """Whether L and R take in the gradient of a call, and the subspace iterations that follow.
+
+    The bases are sought with the first gradient.  Where that is dropped or zero, they set out from
+    the identity, one iteration at a time.
 
     Args:
         calls: number of the call, from 1 on.
@@ -194,9 +197,9 @@ def refreshed(factor: Tensor, basis: Tensor, iterations: int) -> tuple[Tensor, T
     """Bases after some subspace iterations, and the old places of their columns.
 
     The condition number of the damped, normalised matrix is at most 1 + a / DAMPING, so that
-    Cholesky-QR in float64 succeeds for every finite factor, of rank 1 too, and whatever the basis:
-    with a deviation from orthogonality of at most 1e-4 at a = 600, and next to none once the
-    columns are close to eigenvectors.
+    Cholesky-QR in float64 succeeds for every finite factor, of rank 1 too, and whatever the basis.
+    The deviation from orthogonality is at most 1e-4 at a = 600 and grows like a^2, but is next to
+    none once the columns are close to eigenvectors.
     Where the factor is zero, 0/0 makes it fail, which keeps the basis.
 
     Args:

@@ -6,7 +6,8 @@
 
 ``run`` makes the runs that the ledger lacks, and can be killed and started again at will; ``time``
 measures the seconds of a step, on a machine that does nothing else; ``report`` writes
-``convergence.json``, ``.md`` and pictures to ``bench/results``.
+``convergence.json``, ``.md`` and pictures to ``bench/results``.  The ledger knows a method by its
+options: begin a new one when the optimizer itself has changed.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def main() -> None:
     else:
         command = "python bench/convergence.py report --work runs.jsonl"
         command += f" --scale {options.scale:g}" if options.scale != 1 else ""
+        command += f" --tasks {options.tasks}" if options.tasks else ""
         command += f' --methods "{options.methods}"' if options.methods else ""
         for path in report.write(ledger, tasks, methods, options.results, command):
             print(path)

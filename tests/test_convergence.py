@@ -261,11 +261,13 @@ def test_a_report_says_who_wins(tmp_path):
     from experiments.ledger import Ledger
     from experiments.methods import METHODS
 
-    ledger, offsets = Ledger(tmp_path / "work.jsonl"), {"adam": 0.3, "sgd": 0.4, "diagonal": 0.0}
+    offsets = {"adam": 0.3, "sgd": 0.4, "diagonal": 0.0, "kronecker": 0.1, "untuned": -0.9}
+    offsets["unit steps"] = 0.05
+    ledger = Ledger(tmp_path / "work.jsonl")
     for task in ("least-squares", "lstm"):
         for method, offset in offsets.items():
             mine = study(method, task)
-            best = mine.method.grid(mine.task)[2]
+            best = mine.grid()[len(mine.grid()) // 2]
             work_off(mine, ledger, lambda run, b=best, o=offset: parabola(b)(run) + o)
             ledger.add(
                 {
@@ -288,3 +290,43 @@ def test_a_report_says_who_wins(tmp_path):
     text = written[1].read_text()
     assert "AdaQN (`diagonal`) wins with 1.150; `adam`, the best of the others, ends 0.300" in text
     assert "Not finished: `muon`." in text
+    # What was not tuned does not win, and what was only tried has no losses on the test seeds.
+    assert "| **untuned** | 0.01 (given) | 0.200 | 0.300 |" in text
+    assert "**unit steps**" not in text and "\n| unit steps | 0.005: 1.050 | 1 |\n" in text
+
+
+def test_the_horizon_that_counts_is_chosen_on_the_tuning_seed():
+    from experiments.results import add_reach, promising
+
+    def shorter(tuned, tested):
+        return {"lr": 0.1, "tuning": [[0.1, tuned], [0.2, 9.0]], "losses": [tested] * 2}
+
+    target = {"lr": 0.5, "tuning": [[0.5, 2.0]], "mean": 2.0, "ms": None, "seconds": None}
+    entry = {
+        "shorter": {"0.2": shorter(2.1, 1.0), "0.5": shorter(1.9, 2.2), "0.75": shorter(1.8, 1.9)},
+        "curves": {
+            "1.0": [(0, 4.0), (100, 1.0)], "0.2": [(0, 4.0), (20, 1.0)],
+            "0.5": [(0, 4.0), (50, 2.2)], "0.75": [(0, 4.0), (75, 1.9)],
+        },
+        "ms": None,
+    }  # fmt: skip
+    assert promising(entry, target) == "0.5"
+    add_reach(entry, short("lstm", 100), target)
+    # Neither the lucky run at 0.2 nor the one at 0.75; that at 0.5 misses the target.
+    assert entry["steps_to_target"] == pytest.approx(200 / 3)
+    entry["curves"]["0.5"] = [(0, 4.0), (50, 1.5)]
+    add_reach(entry, short("lstm", 100), target)
+    assert entry["steps_to_target"] == pytest.approx(40)
+
+
+def test_the_untuned_lr_is_the_default():
+    import inspect
+
+    from experiments.methods import METHODS
+
+    from adaqn_cuda import AdaQN
+
+    defaults = {n: p.default for n, p in inspect.signature(AdaQN).parameters.items()}
+    assert METHODS["untuned"].lr == defaults["lr"]
+    tuned = {n: v for n, v in METHODS["kronecker"].options.items() if n != "from_problem"}
+    assert tuned == {name: defaults[name] for name in tuned}

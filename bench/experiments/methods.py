@@ -65,7 +65,8 @@ class Method:
         if self.lr is not None:
             return [self.lr]
         family = "language" if task.stochastic else "deterministic"
-        factor = TASK_FACTOR.get(task.name, 1.0) if task.name not in self.centres else 1.0
+        shifted = task.name not in self.centres and not self.trial  # trials share one grid
+        factor = TASK_FACTOR.get(task.name, 1.0) if shifted else 1.0
         centre = factor * self.centres.get(task.name, self.centres.get(family, 0.01))
         return [rounded(centre * RATIO ** (i - POINTS // 2)) for i in range(POINTS)]
 

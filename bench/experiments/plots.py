@@ -174,7 +174,7 @@ def draw_rate(ax: Any, method: str, entry: Table) -> None:
     """The finite losses; a line ends where the next lr has diverged."""
     colour, line = STYLES.get(method, OTHER)
     finite = [(lr / entry["lr"], loss) for lr, loss in entry["tuning"] if math.isfinite(loss)]
-    if finite:
+    if len(finite) > 1:
         ax.plot(
             *zip(*finite, strict=True), color=colour, linestyle=line, marker="o", markersize=3,
             linewidth=1.2, label=method,

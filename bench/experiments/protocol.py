@@ -67,19 +67,23 @@ class Study:
         known = {lr: self.loss(ledger, self.run(lr, TUNING_SEED)) for lr in start}
         losses = {lr: loss for lr, loss in known.items() if loss is not None}
         while set(start) <= losses.keys():
-            further = extension(start, losses)
+            further = self.further(losses)
             loss = further and self.loss(ledger, self.run(further, TUNING_SEED))
             if loss is None:
                 break
             losses[further] = loss
         return dict(sorted(losses.items()))
 
+    def further(self, losses: dict[float, float]) -> float | None:
+        """The lr by which the grid must grow, if it is tuned at all."""
+        return extension(self.grid(), losses) if self.method.lr is None else None
+
     def missing(self, ledger: Ledger) -> list[Run]:
         """Runs that are known to be needed and have not been made."""
         start, losses = self.grid(), self.tuning(ledger)
         if not set(start) <= losses.keys():
             return [self.run(lr, TUNING_SEED) for lr in start if lr not in losses]
-        further = extension(start, losses) if self.method.lr is None else None
+        further = self.further(losses)
         if further is not None:
             return [self.run(further, TUNING_SEED)]
         best = best_rate(losses)
@@ -96,12 +100,17 @@ class Study:
 
     def _shorter(self, ledger: Ledger, best: float, horizon: float) -> list[Run]:
         """Runs over one shorter horizon: three around ``best``, then the best of them elsewhere."""
-        around = [rounded(best * RATIO**step) for step in (-1, 0, 1)]
-        tuned = [self.run(lr, TUNING_SEED, horizon) for lr in around]
-        losses = {run.lr: self.loss(ledger, run) for run in tuned}
+        losses = self.tuning_shorter(ledger, best, horizon)
         if None in losses.values():
-            return tuned
+            return [self.run(lr, TUNING_SEED, horizon) for lr in losses]
         return [self.run(best_rate(losses), seed, horizon) for seed in TEST_SEEDS]
+
+    def tuning_shorter(
+        self, ledger: Ledger, best: float, horizon: float
+    ) -> dict[float, float | None]:
+        """Final loss over a shorter horizon at the three lr around ``best``; None if not run."""
+        around = [rounded(best * RATIO**step) for step in (-1, 0, 1)]
+        return {lr: self.loss(ledger, self.run(lr, TUNING_SEED, horizon)) for lr in around}
 
     def most_runs(self) -> int:
         """How many runs there are in all, if the grid need not grow."""

@@ -88,17 +88,19 @@ def introduction(results: dict[str, Table], command: str) -> str:
     )
     paragraphs = (
         f"Written by `{command}`; the numbers are in [{NAME}.json]({NAME}.json).",
-        f"""Every method has its lr tuned by the same rule: {POINTS} points, a factor of {RATIO}
-        apart, on seed {TUNING_SEED}; while the best is at an edge the grid grows by a point, at
-        most {EXTENSIONS} times each way ("edge" marks where it still ended there). That lr is then
+        f"""Every method but `untuned` has its lr tuned by the same rule: {POINTS} points, a factor
+        of {RATIO} apart, on seed {TUNING_SEED}; while the best is at an edge the grid grows by a
+        point, at most {EXTENSIONS} times each way ("edge" marks where it still ended there). That lr is then
         run on seeds {seeds}, which it was not tuned on, and those are the losses below. In language
         models lr warms up over the first 5 % of the steps and falls linearly to zero, for all;
         nothing is stopped early.""",
         f"""The target of a task is the mean loss of the best of {references}. "Steps" is how soon a
         method is as good, in percent of the full length, "wall" the same in percent of that best
         one's time, and a dash means never. The default setting of AdaQN (`kronecker`) is also run
-        over {shorter} of the steps, each with the best of three lr on seed {TUNING_SEED}, and
-        counts with the soonest. `untuned` is that setting at the lr it has by default. {clock}""",
+        over {shorter} of the steps, each with the best of three lr on seed {TUNING_SEED}; of these
+        runs the shortest that was as good as the target on that seed counts, where it is there
+        sooner than the full run. The others were not run over shorter horizons. `untuned` is that
+        setting at the lr it has by default. {clock}""",
         f"Texts: {', '.join(texts) or 'none'}.",
     )
     return "\n\n".join(("# Convergence", *map(filled, paragraphs)))
@@ -139,30 +141,41 @@ def summary(results: dict[str, Table]) -> str:
 
 
 def rates(results: dict[str, Table]) -> str:
-    """The best lr of each method on each task, and what rescaled steps do to it."""
+    """The best lr of some methods on each task, and what rescaled steps do to it."""
     tasks = {name: task for name, task in results.items() if name not in CONVEX}
-    entries = {name: {**task["methods"], **task["trials"]} for name, task in tasks.items()}
-    known = {method for found in entries.values() for method in found}
-    trials = sorted({method for task in tasks.values() for method in task["trials"]})
-    methods = [m for m in (*REFERENCES, "muon", "kronecker", *trials) if m in known]
+    trials = list(dict.fromkeys(method for task in tasks.values() for method in task["trials"]))
     rows = []
-    for method in methods:
-        mine = {name: found[method] for name, found in entries.items() if method in found}
-        lrs = [entry["lr"] for entry in mine.values()]
-        cells = [rate(tasks[n], mine[n]) if n in mine else ABSENT for n in tasks]
-        rows.append([method, *cells, f"{max(lrs) / min(lrs):.0f}"])
+    for method in (*REFERENCES, "muon", "kronecker", *trials):
+        mine = {n: {**t["methods"], **t["trials"]}.get(method) for n, t in tasks.items()}
+        if any(mine.values()):
+            cells = [rate_and_loss(tasks[n], e) if e else ABSENT for n, e in mine.items()]
+            rows.append([method, *cells, spread([e for e in mine.values() if e])])
     note = f"""The best lr, and the loss there on the tuning seed {TUNING_SEED}; convex problems are
-    left out. The last column is the largest of these lr over the smallest. The methods below
-    `kronecker` are that one with every tensor's step rescaled: `unit`, the step's root mean square
-    is lr; `relative`, the step is multiplied by that of the parameters; `trust`, both; `distance`,
-    as `unit`, times the distance from the start over the root of the steps."""
-    table = markdown(["method", *tasks, "spread"], rows)
-    return f"## Best lr\n\n{filled(note)}\n\n{table}"
+    left out. The last column is the largest of a row's lr over the smallest; points of a grid are a
+    factor of {RATIO} apart."""
+    parts = ["## Best lr", filled(note + (RESCALED if trials else ""))]
+    return "\n\n".join([*parts, markdown(["method", *tasks, "spread"], rows)])
 
 
-def rate(task: Table, entry: Table) -> str:
-    loss = dict(entry["tuning"])[entry["lr"]]
-    return f"{entry['lr']:g}: {number(task, loss)}"
+RESCALED = """ The methods below `kronecker` are that one with every tensor's step rescaled: `unit`,
+the step's root mean square is lr; `relative`, the step is multiplied by that of the parameters;
+`trust`, both; `distance`, as `unit`, times the distance from the start over the root of the steps.
+They were tried on seed 0 alone, over one grid for all language models."""
+
+
+def rate_and_loss(task: Table, entry: Table) -> str:
+    return f"{rate(entry)}: {number(task, dict(entry['tuning'])[entry['lr']])}"
+
+
+def rate(entry: Table) -> str:
+    if not entry["tuned"]:
+        return f"{entry['lr']:g} (given)"
+    return f"{entry['lr']:g}{' (edge)' if entry['edge'] else ''}"
+
+
+def spread(entries: list[Table]) -> str:
+    lrs = [e["lr"] for e in entries if math.isfinite(dict(e["tuning"])[e["lr"]])]
+    return f"{max(lrs) / min(lrs):.2g}" if lrs else ABSENT
 
 
 def section(name: str, task: Table) -> str:
@@ -182,10 +195,9 @@ def row(task: Table, name: str, entry: Table) -> list[str]:
     losses = [number(task, loss) for loss in entry["losses"]]
     step = ABSENT if entry["ms"] is None else f"{entry['ms']:.3g} ± {entry['iqr'] / 2:.1g}"
     seconds = ABSENT if entry["seconds"] is None else f"{entry['seconds']:.3g}"
-    edge = " (edge)" if entry["edge"] else ""
     return [
         f"**{name}**" if entry["ours"] else name,
-        f"{entry['lr']:g}{edge}",
+        rate(entry),
         *losses,
         step,
         seconds,
@@ -198,8 +210,12 @@ def row(task: Table, name: str, entry: Table) -> list[str]:
 
 
 def best(task: Table, ours: bool) -> tuple[str | None, Table | None]:
-    """The setting of AdaQN, or other method, with the lowest mean loss."""
-    mine = [(name, entry) for name, entry in task["methods"].items() if entry["ours"] == ours]
+    """The tuned setting of AdaQN, or other method, with the lowest mean loss."""
+    mine = [
+        (name, entry)
+        for name, entry in task["methods"].items()
+        if entry["ours"] == ours and entry["tuned"]
+    ]
     return min(mine, key=lambda item: item[1]["mean"], default=(None, None))
 
 

@@ -65,7 +65,7 @@ def of_tuning(ledger: Ledger, study: Study) -> Table:
     lr = best_rate(losses)
     return {
         "ours": study.method.ours, "options": study.method.definition(), "lr": lr,
-        "edge": study.method.lr is None and lr in (min(losses), max(losses)),
+        "tuned": study.method.lr is None, "edge": lr in (min(losses), max(losses)),
         "tuning": [list(p) for p in losses.items()],
     }  # fmt: skip
 
@@ -80,11 +80,13 @@ def of_method(ledger: Ledger, study: Study) -> Table:
     curves = {h: mean_curve([records[h, seed] for seed in TEST_SEEDS]) for h in horizons}
     finals = {h: [final_loss(records[h, seed]) for seed in TEST_SEEDS] for h in horizons}
     full = finals.pop(1.0, [math.inf] * len(TEST_SEEDS))
+    shorter = {h: study.tuning_shorter(ledger, table["lr"], h) for h in finals}
     return {
         **table, "seeds": list(TEST_SEEDS), "losses": full, "mean": mean(full),
         "shorter": {
-            str(run.horizon): {"lr": run.lr, "losses": finals[run.horizon]}
-            for run in tests if run.horizon != 1.0
+            str(h): {"tuning": [list(p) for p in shorter[h].items()], "lr": best_rate(shorter[h]),
+                     "losses": finals[h]}
+            for h in finals
         },
         "curves": {str(h): thinned(curve) for h, curve in curves.items()},
         "stats": records[1.0, TEST_SEEDS[0]]["stats"] if tests else None,
@@ -134,14 +136,27 @@ def crossing(curve: Curve, target: float) -> float | None:
     return None
 
 
+def promising(entry: Table, target: Table) -> str:
+    """The shortest horizon over which ``entry`` was as good as ``target`` on the tuning seed."""
+    wanted = dict(target["tuning"])[target["lr"]]
+    good = [
+        horizon
+        for horizon, run in entry["shorter"].items()
+        if dict(run["tuning"])[run["lr"]] <= wanted
+    ]
+    return min(good, key=float, default="1.0")
+
+
 def add_reach(entry: Table, task: Task, target: Table | None) -> None:
     """Add to ``entry`` how soon its method is as good as ``target``: steps, seconds, shares.
 
-    A method that was run over shorter horizons counts with the soonest of its curves.
+    A method that was run over shorter horizons counts with the sooner of two curves: of its full
+    run, and of the shortest horizon over which it was as good as the target on the tuning seed.
     """
     found = []
     if target is not None and math.isfinite(target["mean"]):
-        found = [crossing(curve, target["mean"]) for curve in entry["curves"].values()]
+        curves = [entry["curves"].get("1.0"), entry["curves"].get(promising(entry, target))]
+        found = [crossing(curve, target["mean"]) for curve in curves if curve]
     steps = min((step for step in found if step is not None), default=None)
     times = entry["ms"] is not None and target is not None and target["ms"] is not None
     entry["steps_to_target"] = steps
