@@ -90,10 +90,10 @@ def introduction(results: dict[str, Table], command: str) -> str:
         f"Written by `{command}`; the numbers are in [{NAME}.json]({NAME}.json).",
         f"""Every method but `untuned` has its lr tuned by the same rule: {POINTS} points, a factor
         of {RATIO} apart, on seed {TUNING_SEED}; while the best is at an edge the grid grows by a
-        point, at most {EXTENSIONS} times each way ("edge" marks where it still ended there). That lr is then
-        run on seeds {seeds}, which it was not tuned on, and those are the losses below. In language
-        models lr warms up over the first 5 % of the steps and falls linearly to zero, for all;
-        nothing is stopped early.""",
+        point, at most {EXTENSIONS} times each way ("edge" marks where it still ended there). That
+        lr is then run on seeds {seeds}, which it was not tuned on, and those are the losses below.
+        In language models lr warms up over the first 5 % of the steps and falls linearly to zero,
+        for all; nothing is stopped early.""",
         f"""The target of a task is the mean loss of the best of {references}. "Steps" is how soon a
         method is as good, in percent of the full length, "wall" the same in percent of that best
         one's time, and a dash means never. The default setting of AdaQN (`kronecker`) is also run
