@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -142,17 +143,17 @@ def summary(results: dict[str, Table]) -> str:
 
 def rates(results: dict[str, Table]) -> str:
     """The best lr of some methods on each task, and what rescaled steps do to it."""
-    tasks = {name: task for name, task in results.items() if name not in CONVEX}
-    trials = list(dict.fromkeys(method for task in tasks.values() for method in task["trials"]))
+    tried = {name: task for name, task in results.items() if task["trials"]}
+    tasks = tried or {name: task for name, task in results.items() if name not in CONVEX}
+    trials = list(dict.fromkeys(method for task in tried.values() for method in task["trials"]))
     rows = []
     for method in (*REFERENCES, "muon", "kronecker", *trials):
         mine = {n: {**t["methods"], **t["trials"]}.get(method) for n, t in tasks.items()}
         if any(mine.values()):
             cells = [rate_and_loss(tasks[n], e) if e else ABSENT for n, e in mine.items()]
             rows.append([method, *cells, spread([e for e in mine.values() if e])])
-    note = f"""The best lr, and the loss there on the tuning seed {TUNING_SEED}; convex problems are
-    left out. The last column is the largest of a row's lr over the smallest; points of a grid are a
-    factor of {RATIO} apart."""
+    note = f"""The best lr, and the loss there on the tuning seed {TUNING_SEED}. The last column is
+    the largest of a row's lr over the smallest; points of a grid are a factor of {RATIO} apart."""
     parts = ["## Best lr", filled(note + (RESCALED if trials else ""))]
     return "\n\n".join([*parts, markdown(["method", *tasks, "spread"], rows)])
 
@@ -185,10 +186,21 @@ def section(name: str, task: Table) -> str:
     by_loss = sorted(task["methods"].items(), key=lambda item: item[1]["mean"])
     rows = [row(task, method, entry) for method, entry in by_loss]
     missing = task["unfinished"]
-    rest = f"\n\nNot finished: {', '.join(f'`{m}`' for m in missing)}." if missing else ""
+    rest = "".join(f"\n\n{shorter(task, n, e)}" for n, e in by_loss if e["shorter"])
+    rest += f"\n\nNot finished: {', '.join(f'`{m}`' for m in missing)}." if missing else ""
     title = f"## {name}\n\n{task['title'][0].upper()}{task['title'][1:]}"
     title += f"; {task['definition']['steps']} steps; {task['metric']}."
     return f"{title}\n\n{verdict(task)}\n\n{markdown(head, rows)}{rest}"
+
+
+def shorter(task: Table, name: str, entry: Table) -> str:
+    """Mean losses of one method over its shorter horizons."""
+    runs = sorted(entry["shorter"].items(), key=lambda item: float(item[0]))
+    ends = [
+        f"{number(task, mean(run['losses']))} over {percent(float(h))} (lr {run['lr']:g})"
+        for h, run in runs
+    ]
+    return filled(f"`{name}` in shorter runs: {', '.join(ends)}.")
 
 
 def row(task: Table, name: str, entry: Table) -> list[str]:
