@@ -158,6 +158,7 @@ def test_a_given_lr_is_not_tuned_and_a_trial_not_tested(tmp_path):
     mine, ledger = study("untuned", "lstm"), Ledger(tmp_path / "given.jsonl")
     made = work_off(mine, ledger, parabola(1.0))
     assert [(r.lr, r.seed) for r in made] == [(0.01, 0), (0.01, 1), (0.01, 2)]
+    assert study("unit steps", "tanh").grid() == study("unit steps", "lstm").grid()
     mine, ledger = study("unit steps", "lstm"), Ledger(tmp_path / "trial.jsonl")
     made = work_off(mine, ledger, parabola(mine.grid()[1]))
     assert [(r.lr, r.seed) for r in made] == [(lr, 0) for lr in mine.grid()]

@@ -437,6 +437,20 @@ def test_state_holds_views_and_tells_its_bytes():
     assert (a.anchor[8:] == 7).all()
 
 
+@pytest.mark.parametrize("d", [1, 7, 8, 33, 4097])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_rows_of_rings_begin_at_16_bytes(dtype, d):
+    """Whatever the number of parameters; else the CUDA kernels would take them one by one."""
+    params = random_parameters([(d,)])
+    optimizer = plain_adaqn(params, history_dtype=dtype, fisher_dtype=dtype)
+    set_gradients(params, 0)
+    optimizer.step()
+    for name in ("s_ring", "y_ring", "fisher"):
+        rows = getattr(optimizer._arena, name)
+        assert rows.shape[1] == d and len(rows) > 1
+        assert all((row.data_ptr() - rows.data_ptr()) % 16 == 0 for row in rows)
+
+
 def test_bfloat16_rings_take_half_the_bytes():
     params = random_parameters([(1000,)])
     full = Sizes.of(params, PLAIN).bytes()
