@@ -19,7 +19,7 @@ from . import plots
 from .ledger import Ledger
 from .methods import POINTS, RATIO, Method
 from .protocol import EXTENSIONS, SHORT_HORIZONS
-from .results import REFERENCES, Table, collect
+from .results import REFERENCES, Table, collect, tuned_loss
 from .tasks import TEST_SEEDS, TUNING_SEED, Task
 
 NAME = "convergence"
@@ -165,7 +165,7 @@ They were tried on seed 0 alone, over one grid for all language models."""
 
 
 def rate_and_loss(task: Table, entry: Table) -> str:
-    return f"{rate(entry)}: {number(task, dict(entry['tuning'])[entry['lr']])}"
+    return f"{rate(entry)}: {number(task, tuned_loss(entry))}"
 
 
 def rate(entry: Table) -> str:
@@ -175,7 +175,7 @@ def rate(entry: Table) -> str:
 
 
 def spread(entries: list[Table]) -> str:
-    lrs = [e["lr"] for e in entries if math.isfinite(dict(e["tuning"])[e["lr"]])]
+    lrs = [e["lr"] for e in entries if math.isfinite(tuned_loss(e))]
     return f"{max(lrs) / min(lrs):.2g}" if lrs else ABSENT
 
 

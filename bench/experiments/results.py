@@ -70,11 +70,15 @@ def of_tuning(ledger: Ledger, study: Study) -> Table:
     }  # fmt: skip
 
 
+def tuned_loss(entry: Table) -> float:
+    """The loss on the tuning seed at the lr that was chosen there."""
+    return dict(entry["tuning"])[entry["lr"]]
+
+
 def of_method(ledger: Ledger, study: Study) -> Table:
     """Tuning and test losses of one method, its mean curve for each horizon, its step time."""
     table = of_tuning(ledger, study)
-    loss = dict(table["tuning"])[table["lr"]]
-    tests = [] if math.isinf(loss) else study.tests(ledger, table["lr"])
+    tests = [] if math.isinf(tuned_loss(table)) else study.tests(ledger, table["lr"])
     records = {(run.horizon, run.seed): study.find(ledger, run) for run in tests}
     horizons = sorted({horizon for horizon, _ in records}, reverse=True)
     curves = {h: mean_curve([records[h, seed] for seed in TEST_SEEDS]) for h in horizons}
@@ -138,12 +142,8 @@ def crossing(curve: Curve, target: float) -> float | None:
 
 def promising(entry: Table, target: Table) -> str:
     """The shortest horizon over which ``entry`` was as good as ``target`` on the tuning seed."""
-    wanted = dict(target["tuning"])[target["lr"]]
-    good = [
-        horizon
-        for horizon, run in entry["shorter"].items()
-        if dict(run["tuning"])[run["lr"]] <= wanted
-    ]
+    wanted = tuned_loss(target)
+    good = [horizon for horizon, run in entry["shorter"].items() if tuned_loss(run) <= wanted]
     return min(good, key=float, default="1.0")
 
 

@@ -98,14 +98,20 @@ class Place {
   int32_t index_;
 };
 
-/// A contiguous tensor of exactly this shape.
-inline void check_shape(const Tensor& tensor, const Name& name, const Place& place,
+/// A tensor of exactly this shape, with any strides.
+inline void check_sizes(const Tensor& tensor, const Name& name, const Place& place,
                         std::initializer_list<int64_t> shape) {
   place.check(tensor, name);
   const auto sizes = tensor.sizes();
   if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
     fail(name, "expected shape ", shape_text(shape), ", got ", shape_text(sizes));
   }
+}
+
+/// A contiguous tensor of exactly this shape.
+inline void check_shape(const Tensor& tensor, const Name& name, const Place& place,
+                        std::initializer_list<int64_t> shape) {
+  check_sizes(tensor, name, place, shape);
   if (!tensor.is_contiguous()) fail(name, "expected a contiguous tensor");
 }
 
@@ -142,12 +148,7 @@ inline int64_t check_rows(const Tensor& tensor, const Name& name, int64_t least)
 /// Elements between two rows of a ring of this shape; within a row they are contiguous.
 inline int64_t check_ring_shape(const Tensor& tensor, const Name& name, const Place& place,
                                 int64_t rows, int64_t columns) {
-  place.check(tensor, name);
-  const auto sizes = tensor.sizes();
-  const std::initializer_list<int64_t> shape{rows, columns};
-  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
-    fail(name, "expected shape ", shape_text(shape), ", got ", shape_text(sizes));
-  }
+  check_sizes(tensor, name, place, {rows, columns});
   const int64_t stride = tensor.stride(0);
   if ((columns > 1 && tensor.stride(1) != 1) || (rows > 1 && stride < columns)) {
     fail(name, "expected contiguous rows");
