@@ -480,7 +480,7 @@ class AdaQN(Optimizer):
         if kronecker:
             self._precondition(op, params, grads, a, common, calls)
         op.direction_pass3(
-            params, a.s_ring, a.gram, a.projections, a.images, a.direction, beta, cap, *rates,
+            params, grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta, cap, *rates,
             max(len(a.fisher), 1), a.iterate_sum, a.moments, a.counters,
         )  # fmt: skip
         return loss, y
@@ -591,12 +591,12 @@ class AdaQN(Optimizer):
             a.weights,
         )  # fmt: skip
         op.curvature_pass_b(
-            a.fisher, a.iterate_sum, a.anchor, a.counters, a.weights, image, a.momentum, a.s_ring,
-            a.y_ring, a.column,
+            a.fisher, a.iterate_sum, a.anchor, a.counters, a.projections, a.weights, image,
+            a.momentum, a.s_ring, a.y_ring, a.column,
         )  # fmt: skip
         op.curvature_commit(
-            params, a.column, loss, common["min_curvature"], common["max_increase"], a.gram,
-            a.moments, a.losses, a.anchor, a.iterate_sum, a.momentum, a.counters,
+            params, a.column, a.projections, loss, common["min_curvature"],
+            common["max_increase"], inf, a.gram, a.moments, a.losses, a.anchor, a.iterate_sum, a.momentum, a.counters,
         )  # fmt: skip
         if a.gradient_sum is not None:
             move_anchor_gradient(a, average, before)

@@ -40,8 +40,8 @@ SCHEMAS = {
         "Tensor(a!) images) -> ()"
     ),
     "direction_pass3": (
-        "(Tensor(a!)[] params, Tensor s_ring, Tensor gram, Tensor projections, Tensor images, "
-        "Tensor(b!) direction, float beta, float max_direction, int[] group_sizes, float[] lr, "
+        "(Tensor(a!)[] params, Tensor?[] grads, Tensor s_ring, Tensor gram, Tensor projections, "
+        "Tensor images, Tensor(b!) direction, float beta, float max_direction, int[] group_sizes, float[] lr, "
         "float[] weight_decay, Tensor? lr_tensor, Tensor? weight_decay_tensor, int fisher_size, "
         "Tensor(c!)? iterate_sum, Tensor(d!) moments, Tensor(e!) counters) -> ()"
     ),
@@ -62,15 +62,15 @@ SCHEMAS = {
         "float damping, Tensor? image, Tensor(a!) weights) -> ()"
     ),
     "curvature_pass_b": (
-        "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, Tensor weights, "
-        "Tensor? image, Tensor? momentum, Tensor(a!) s_ring, Tensor(b!) y_ring, "
+        "(Tensor fisher, Tensor iterate_sum, Tensor anchor, Tensor counters, Tensor projections, "
+        "Tensor weights, Tensor? image, Tensor? momentum, Tensor(a!) s_ring, Tensor(b!) y_ring, "
         "Tensor(c!) column) -> ()"
     ),
     "curvature_commit": (
-        "(Tensor(a!)[] params, Tensor column, Tensor? monitored_loss, float min_curvature, "
-        "float max_increase, Tensor(b!) gram, Tensor(c!) moments, Tensor(d!) losses, "
-        "Tensor(e!) anchor, Tensor(f!) iterate_sum, Tensor(g!)? momentum, Tensor(h!) counters)"
-        " -> ()"
+        "(Tensor(a!)[] params, Tensor column, Tensor projections, Tensor? monitored_loss, "
+        "float min_curvature, float max_increase, float max_growth, Tensor(b!) gram, "
+        "Tensor(c!) moments, Tensor(d!) losses, Tensor(e!) anchor, Tensor(f!) iterate_sum, "
+        "Tensor(g!)? momentum, Tensor(h!) counters) -> ()"
     ),
 }
 

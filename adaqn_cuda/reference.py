@@ -16,7 +16,7 @@ Symbols (the flat vectors hold every parameter of the optimizer, one after the o
 argument         shape        meaning
 ===============  ===========  =========================================================
 ``params``       list         parameters ``w``, in any floating dtype
-``grads``        list         their gradients ``g``; ``None`` counts as zero
+``grads``        list         their gradients ``g``; where ``None``, the parameter stands still
 ``accumulator``  (d,)         ``v``, the diagonal; ``None`` for the scalar initial matrix
 ``momentum``     (d,)         ``m``, the average of gradients; ``None`` without momentum
 ``iterate_sum``  (d,)         sum of the iterates since the last pair update; ``None``
@@ -37,6 +37,9 @@ With ``history_size = 0`` the rings have no rows, and the buffers by slot only t
 
 No function reads a device value on the host; decisions are taken with ``torch.where``.  All rows of
 the rings hold finite values at all times, so a zero coefficient switches a free row off.
+
+With P the projection onto the parameters that have a gradient, a step is ``p = P H P q``: positive
+definite where anything moves.  The others keep w, m and v, to the bit, and their part of F is zero.
 """
 
 from __future__ import annotations
@@ -77,6 +80,14 @@ def gradient_vector(
     if grad_scale is not None:
         g = g / grad_scale
     return -g if maximize else g
+
+
+def presence(params: list[Tensor], grads: list[Tensor | None]) -> Tensor | bool:
+    """Which elements of the flat vectors belong to parameters with a gradient; ``True``: all."""
+    if all(g is not None for g in grads):
+        return True
+    pairs = zip(params, grads, strict=True)
+    return torch.cat([p.new_full((p.numel(),), g is not None, dtype=torch.bool) for p, g in pairs])
 
 
 # --------------------------------------------------------------------------- decisions
@@ -257,7 +268,7 @@ def direction_step(
     )  # fmt: skip
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
     direction_pass3(
-        params, s_ring, gram, projections, images, direction, beta, max_direction, *rates,
+        params, grads, s_ring, gram, projections, images, direction, beta, max_direction, *rates,
         max(len(fisher), 1), iterate_sum, moments, counters,
     )  # fmt: skip
 
@@ -277,7 +288,8 @@ def direction_pass1(
 ) -> None:
     """u_i = s_i.q for every slot; count what is not finite and what is not zero in g; |g|^2.
 
-    The vectors S and g are all that is read: s_i.q comes from s_i.g and s_i.m, which is kept.
+    The vectors S and g are all that is read: s_i.q comes from s_i.g and s_i.m, which is kept;
+    where parameters stand still, ``moments`` are what :func:`moving_moments` leaves of them.
     """
     g = gradient_vector(params, grads, state_dtype(params), grad_scale, maximize)
     measure_gradient(g, found_inf, projections)
@@ -285,6 +297,25 @@ def direction_pass1(
     of_m, of_g = old_and_new(counters, beta)
     s_g = (s_ring.to(g.dtype) @ g) * clip_factor(projections, max_grad_norm)
     projections[:slots] = of_m * moments + of_g * s_g
+
+
+def moving_moments(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    s_ring: Tensor,
+    momentum: Tensor,
+    moments: Tensor,
+) -> Tensor:
+    """s_i.m over the parameters that have a gradient, of s_i.m over all of them."""
+    still = [
+        s.to(m.dtype) @ m
+        for g, s, m in zip(
+            grads, *(x.split([p.numel() for p in params], -1) for x in (s_ring, momentum)),
+            strict=True,
+        )
+        if g is None
+    ]  # fmt: skip
+    return moments - torch.stack(still).sum(0).double()
 
 
 def measure_gradient(g: Tensor, found_inf: Tensor | None, projections: Tensor) -> None:
@@ -324,16 +355,16 @@ def direction_pass2(
     ``identity``, D = 1 and ``images`` are left to :func:`direction_images`: another initial matrix
     is applied in between.
     """
-    accepted = step_is_accepted(projections, counters)
+    accepted, here = step_is_accepted(projections, counters), presence(params, grads)
     g = gradient_vector(params, grads, direction.dtype, grad_scale, maximize)
     g = g * clip_factor(projections, max_grad_norm)
     y = y_ring.to(g.dtype)
     a = backward_coefficients(gram, counters, projections)
-    q = blend(g, momentum, counters, beta, accepted)
+    q = blend(g, momentum, counters, beta, accepted, here)
     r = q - a.to(g.dtype) @ y
     if accumulator is not None:
         correction = bias_correction(counters, keep, correct_bias)
-        root = diagonal_root(g, accumulator, keep, add, eps, correction, accepted)
+        root = diagonal_root(g, accumulator, keep, add, eps, correction, accepted, here)
         q, r = q / root, r / root
     elif not identity:
         gamma = scalar_initial_matrix(gram, counters)
@@ -349,15 +380,23 @@ def direction_pass2(
 
 
 def blend(
-    g: Tensor, momentum: Tensor | None, counters: Tensor, beta: float, accepted: Tensor
+    g: Tensor,
+    momentum: Tensor | None,
+    counters: Tensor,
+    beta: float,
+    accepted: Tensor,
+    here: Tensor | bool,
 ) -> Tensor:
-    """q of :func:`look_ahead`, with the new momentum, which is kept if the step is accepted."""
+    """q of :func:`look_ahead`, with the new momentum, which is kept if the step is accepted.
+
+    Elements that are not ``here`` keep their momentum, and have no q.
+    """
     if momentum is None:
         return g
     of_m, of_g = old_and_new(counters, beta)
     q = of_m * momentum + of_g * g
-    momentum.copy_(torch.where(accepted, beta * momentum + (1 - beta) * g, momentum))
-    return q
+    momentum.copy_(torch.where(accepted & here, beta * momentum + (1 - beta) * g, momentum))
+    return q if here is True else torch.where(here, q, 0.0)
 
 
 def diagonal_root(
@@ -368,9 +407,14 @@ def diagonal_root(
     eps: float,
     correction: Tensor,
     accepted: Tensor,
+    here: Tensor | bool,
 ) -> Tensor:
-    """1 / D = sqrt(correction v + eps) with v = keep v + add g^2, kept if the step is accepted."""
+    """1 / D = sqrt(correction v + eps) with v = keep v + add g^2, kept if the step is accepted.
+
+    Elements that are not ``here`` keep their v.
+    """
     v = keep * accumulator + add * g * g
+    v = v if here is True else torch.where(here, v, accumulator)
     accumulator.copy_(torch.where(accepted, v, accumulator))
     return torch.sqrt(correction * v + eps)
 
@@ -384,6 +428,7 @@ def direction_images(
 
 def direction_pass3(
     params: list[Tensor],
+    grads: list[Tensor | None],
     s_ring: Tensor,
     gram: Tensor,
     projections: Tensor,
@@ -405,18 +450,19 @@ def direction_pass3(
 
     p = r + sum_i c_i s_i, scaled down where |p| > max_direction |H0 q|, to equality.  The next
     ``group_sizes[k]`` parameters take ``lr[k]`` and ``weight_decay[k]``; the tensors, where given,
-    hold one value per group and take precedence.
+    hold one value per group and take precedence.  Of the gradients it matters which are there.
     """
-    accepted = step_is_accepted(projections, counters)
+    accepted, here = step_is_accepted(projections, counters), presence(params, grads)
     c = forward_coefficients(gram, counters, projections, images)
     p = direction + c.to(direction.dtype) @ s_ring.to(direction.dtype)
+    p = p if here is True else torch.where(here, p, 0.0)
     if max_direction < inf:
         p = p * cap_factor(p, images, max_direction)
     w = flatten(params, direction.dtype)
     if iterate_sum is not None:
         iterate_sum.copy_(torch.where(accepted, iterate_sum + w, iterate_sum))
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
-    descend(params, w, p, accepted, *rates)
+    descend(params, w, p, accepted & here, *rates)
     count_moments(moments, projections, counters, beta, accepted)
     count_step(counters, projections, accepted, fisher_size)
 
@@ -432,14 +478,17 @@ def descend(
     params: list[Tensor],
     w: Tensor,
     p: Tensor,
-    accepted: Tensor,
+    moves: Tensor,
     group_sizes: list[int],
     lr: list[float],
     weight_decay: list[float],
     lr_tensor: Tensor | None,
     weight_decay_tensor: Tensor | None,
 ) -> None:
-    """w = (1 - lr weight_decay) w - lr p, group by group, where ``w`` are the parameters."""
+    """w = (1 - lr weight_decay) w - lr p, group by group, for elements of which ``moves`` is true.
+
+    ``w`` are the parameters.
+    """
     rates = lr if lr_tensor is None else lr_tensor.unbind()
     decays = weight_decay if weight_decay_tensor is None else weight_decay_tensor.unbind()
     numels = group_numels(params, group_sizes)
@@ -449,7 +498,7 @@ def descend(
             w.split(numels), p.split(numels), rates, decays, strict=True
         )
     ]
-    write_back(params, torch.where(accepted, torch.cat(stepped), w))
+    write_back(params, torch.where(moves, torch.cat(stepped), w))
 
 
 def group_numels(params: list[Tensor], group_sizes: list[int]) -> list[int]:
@@ -504,14 +553,14 @@ def diagonal_step(
     """
     g = gradient_vector(params, grads, state_dtype(params), grad_scale, maximize)
     measure_gradient(g, found_inf, projections)
-    accepted = step_is_accepted(projections, counters)
+    accepted, here = step_is_accepted(projections, counters), presence(params, grads)
     g = g * clip_factor(projections, max_grad_norm)
-    p = blend(g, momentum, counters, beta, accepted)
+    p = blend(g, momentum, counters, beta, accepted, here)
     if accumulator is not None:
         correction = bias_correction(counters, keep, correct_bias)
-        p = p / diagonal_root(g, accumulator, keep, add, eps, correction, accepted)
+        p = p / diagonal_root(g, accumulator, keep, add, eps, correction, accepted, here)
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
-    descend(params, flatten(params, p.dtype), p, accepted, *rates)
+    descend(params, flatten(params, p.dtype), p, accepted & here, *rates)
     count_step(counters, projections, accepted, fisher_size=1)
 
 
@@ -614,6 +663,7 @@ def curvature_pass_b(
     iterate_sum: Tensor,
     anchor: Tensor,
     counters: Tensor,
+    projections: Tensor,
     weights: Tensor,
     image: Tensor | None,
     momentum: Tensor | None,
@@ -624,7 +674,8 @@ def curvature_pass_b(
     """y, from the weights of pass A; s and y go to the free slot, their products to ``column``.
 
     ``column[i] = s_i.y`` by slot, the free slot's own s.y among them; then y.y and s.m.  All
-    products are of the vectors as stored, rounded to the rings' dtype.
+    products are of the vectors as stored, rounded to the rings' dtype.  A step that was dropped
+    leaves the slot as it is.
     """
     slots = s_ring.shape[0]
     s = displacement(iterate_sum, anchor, counters)
@@ -634,9 +685,9 @@ def curvature_pass_b(
     s, y = s.to(s_ring.dtype), y.to(y_ring.dtype)
     finite = s.isfinite().all() & y.isfinite().all()
     s, y = torch.where(finite, s, 0.0), torch.where(finite, y, 0.0)
-    free = free_slot(counters, slots)
-    s_ring.index_copy_(0, free, s[None])
-    y_ring.index_copy_(0, free, y[None])
+    free, accepted = free_slot(counters, slots), step_is_accepted(projections, counters)
+    for ring, row in ((s_ring, s), (y_ring, y)):
+        ring.index_copy_(0, free, torch.where(accepted, row, ring.index_select(0, free)))
     s, y = s.to(iterate_sum.dtype), y.to(iterate_sum.dtype)
     column[:slots] = s_ring.to(y.dtype) @ y
     column[slots] = y @ y
@@ -651,9 +702,11 @@ def free_slot(counters: Tensor, slots: int) -> Tensor:
 def curvature_commit(
     params: list[Tensor],
     column: Tensor,
+    projections: Tensor,
     monitored_loss: Tensor | None,
     min_curvature: float,
     max_increase: float,
+    max_growth: float,
     gram: Tensor,
     moments: Tensor,
     losses: Tensor,
@@ -664,15 +717,18 @@ def curvature_commit(
 ) -> None:
     """Reset, store or skip (section 3 of the paper), and start the next sum of iterates.
 
-    * no iterate was summed: nothing happens;
+    * the step was dropped, or no iterate was summed: nothing happens;
     * no anchor yet: w_o = w_n, f_o = f_n;
     * f_n > max_increase f_o, or f_n not finite: drop all pairs, gradients and momentum, w = w_o;
     * s.y / y.y > min_curvature: the pair in the free slot counts, w_o = w_n, f_o = f_n;
     * otherwise the pair is forgotten and w_o stays.
+
+    What is kept of y.y is at least s.y / (max_growth gamma), with the gamma of the newest pair so
+    far, so that :func:`scalar_initial_matrix` grows by at most that factor from pair to pair.
     """
     slots = gram.shape[1]
     free = free_slot(counters, slots)
-    active = counters[Counter.ITERATES] > 0
+    active = step_is_accepted(projections, counters) & (counters[Counter.ITERATES] > 0)
     anchored = counters[Counter.ANCHORED] > 0
     w_n = average(iterate_sum, counters[Counter.ITERATES])
     if monitored_loss is None:
@@ -689,10 +745,12 @@ def curvature_commit(
     w = flatten(params, anchor.dtype)
     write_back(params, torch.where(reset, anchor, w))
     anchor.copy_(torch.where(moved, w_n, anchor))
-    iterate_sum.zero_()
+    iterate_sum.copy_(torch.where(active, 0.0, iterate_sum))
     if momentum is not None:
         momentum.copy_(torch.where(reset, 0.0, momentum))
-    products, s_m = column[:-1], column[-1:]
+    products, s_m = column[:-1].clone(), column[-1:]
+    least = column.index_select(0, free)[0] / (max_growth * scalar_initial_matrix(gram, counters))
+    products[-1] = torch.where(counters[Counter.PAIRS] > 0, products[-1].maximum(least), products[-1])
     kept = gram.index_select(1, free)[:, 0]
     gram.index_copy_(1, free, torch.where(store, products, kept)[:, None])
     moments.index_copy_(0, free, torch.where(store, s_m, moments.index_select(0, free)))
@@ -710,7 +768,7 @@ def count_pair_update(
     counters[Counter.PAIRS] = (counters[Counter.PAIRS] + (store & ~full).long()) * (~reset).long()
     counters[Counter.GRADIENTS] *= (~reset).long()
     counters[Counter.NEXT_GRADIENT] *= (~reset).long()
-    counters[Counter.ITERATES] = 0
+    counters[Counter.ITERATES] *= (~active).long()
     counters[Counter.ANCHORED] |= active.long()
     counters[Counter.STORED] += store.long()
     counters[Counter.SKIPPED] += skip.long()

@@ -184,7 +184,7 @@ class Problem:
             "weight_decay": [0.02 * (k % 3) for k in range(groups)],
             **dict(lr_tensor=None, weight_decay_tensor=None, monitored_loss=None),
             **dict(grad_scale=None, found_inf=None, maximize=False),
-            **dict(min_curvature=1e-4, max_increase=1.01),
+            **dict(min_curvature=1e-4, max_increase=1.01, max_growth=1.05),
         }
 
     def __getitem__(self, name: str):

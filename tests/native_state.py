@@ -128,7 +128,7 @@ class State:
             "lr_tensor": None, "weight_decay_tensor": None,
             "saved": self.direction, "explicit": False,
             "damping": 0.2, "monitored_loss": torch.tensor(1.0, dtype=F64), "min_curvature": 1e-4,
-            "max_increase": 1.01,
+            "max_increase": 1.01, "max_growth": inf,
         }  # fmt: skip
         schema = getattr(torch.ops.adaqn, name).default._schema
         known = {**vars(self), **options, **changes}

@@ -164,8 +164,12 @@ PRODUCTS = st.one_of(st.floats(-1.0, 1.0), st.sampled_from([0.0, 1e-4, nan]))
     sy=PRODUCTS,
     yy=st.sampled_from([0.0, 1.0, 3.0]),
     max_increase=st.sampled_from([1.0, 1.01, inf]),
+    max_growth=st.sampled_from([1.0, 1.05, inf]),
+    nonfinite=st.integers(0, 1),
 )
-def test_pair_update(common, ring, iterates, anchored, losses, loss, sy, yy, max_increase):
+def test_pair_update(
+    common, ring, iterates, anchored, losses, loss, sy, yy, max_increase, max_growth, nonfinite
+):
     slots, counters, gram, column, _ = ring
     counters[Counter.GRADIENTS], counters[Counter.NEXT_GRADIENT] = 5, 2
     counters[Counter.ITERATES], counters[Counter.ANCHORED] = iterates, anchored
@@ -173,15 +177,17 @@ def test_pair_update(common, ring, iterates, anchored, losses, loss, sy, yy, max
     moments = torch.linspace(1.0, 2.0, slots, dtype=torch.float64)
     column[reference.free_slot(counters, slots)] = sy
     losses = torch.tensor(losses, dtype=torch.float64)
+    projections = torch.zeros(slots + len(Flag), dtype=torch.float64)
+    projections[Flag.NONFINITE], projections[Flag.NONZERO] = nonfinite, 1
     _, *ours = common.pair_update(
-        counters.tolist(), slots, column.tolist(), losses.tolist(), loss, 1e-4, max_increase,
-        gram.flatten().tolist(), moments.tolist(),
+        counters.tolist(), slots, column.tolist(), projections[slots:].tolist(), losses.tolist(),
+        loss, 1e-4, max_increase, max_growth, gram.flatten().tolist(), moments.tolist(),
     )  # fmt: skip
     w, anchor, total = torch.randn(3, 1, dtype=torch.float64)
     monitored = None if loss is None else torch.tensor(loss, dtype=torch.float64)
     reference.curvature_commit(
-        [w], column, monitored, 1e-4, max_increase, gram, moments, losses, anchor, total, None,
-        counters,
+        [w], column, projections, monitored, 1e-4, max_increase, max_growth, gram, moments, losses,
+        anchor, total, None, counters,
     )  # fmt: skip
     for mine, theirs in zip(ours, (gram, moments, losses, counters), strict=True):
         mine = torch.tensor(mine, dtype=theirs.dtype)

@@ -3,12 +3,14 @@
 
 #include <cmath>
 
+#include "acceptance.h"
+#include "recursion.h"
 #include "ring.h"
 
 namespace adaqn {
 
 enum class PairUpdate : int {
-  none,   ///< no iterate was summed: nothing happens
+  none,   ///< the step was dropped, or no iterate was summed: nothing happens
   first,  ///< no anchor yet: the average becomes the anchor
   reset,  ///< the loss has grown: drop pairs and gradients, the parameters go back to the anchor
   store,  ///< enough curvature: the candidate counts, the average becomes the anchor
@@ -18,6 +20,7 @@ enum class PairUpdate : int {
 struct PairUpdateRule {
   double min_curvature;  ///< smallest s.y / y.y that is stored
   double max_increase;   ///< largest ratio of monitored losses that is no reset
+  double max_growth;     ///< largest ratio of the scalar initial matrices of two successive pairs
 };
 
 /// Whether the averaged iterate becomes the anchor.
@@ -26,12 +29,15 @@ ADAQN_HOST_DEVICE inline bool moves_anchor(PairUpdate outcome) {
 }
 
 /// column[i] = s_i.y of the candidate y by slot, its own s.y in the free slot; then y.y and s.m.
-/// `monitored` is the loss f_n at the averaged iterate, or null without a monitor.
+/// `flags` are the words of namespace flag of the step before.  `monitored` is the loss f_n at the
+/// averaged iterate, or null without a monitor.
 ADAQN_HOST_DEVICE inline PairUpdate decide_pair_update(const int64_t* counters, int slots,
-                                                       const double* column, const double* losses,
+                                                       const double* column, const double* flags,
+                                                       const double* losses,
                                                        const double* monitored,
                                                        const PairUpdateRule& rule) {
-  if (counters[counter::iterates] == 0) return PairUpdate::none;
+  if (!step_is_accepted(flags, counters) || counters[counter::iterates] == 0)
+    return PairUpdate::none;
   if (counters[counter::anchored] == 0) return PairUpdate::first;
   if (monitored != nullptr) {
     const bool grown = *monitored > rule.max_increase * losses[loss::anchor];
@@ -42,8 +48,9 @@ ADAQN_HOST_DEVICE inline PairUpdate decide_pair_update(const int64_t* counters, 
 }
 
 ADAQN_HOST_DEVICE inline void count_pair_update(int64_t* counters, int slots, PairUpdate outcome) {
+  if (outcome == PairUpdate::none) return;
   counters[counter::iterates] = 0;
-  if (outcome != PairUpdate::none) counters[counter::anchored] = 1;
+  counters[counter::anchored] = 1;
   if (outcome == PairUpdate::skip) ++counters[counter::skipped];
   if (outcome == PairUpdate::store) {
     ++counters[counter::stored];
@@ -61,15 +68,29 @@ ADAQN_HOST_DEVICE inline void count_pair_update(int64_t* counters, int slots, Pa
   }
 }
 
+/// The y.y that is kept of a candidate: at least so large that gamma = s.y / y.y is at most
+/// max_growth times that of the newest pair.
+ADAQN_HOST_DEVICE inline double kept_square(const PairRing& ring, const double* column,
+                                            const double* gram, double max_growth) {
+  const double square = column[ring.slots];
+  if (ring.pairs == 0) return square;
+  const double least = column[ring.free_slot()] / (max_growth * scalar_initial_matrix(gram, ring));
+  return square < least ? least : square;
+}
+
 /// Every word that a pair update changes: a stored candidate's column of gram and its s.m, losses,
 /// counters.
 ADAQN_HOST_DEVICE inline void record_pair_update(PairUpdate outcome, int slots,
                                                  const double* column, const double* monitored,
-                                                 double* gram, double* moments, double* losses,
+                                                 const PairUpdateRule& rule, double* gram,
+                                                 double* moments, double* losses,
                                                  int64_t* counters) {
   if (outcome == PairUpdate::store) {
-    const int free = PairRing(counters, slots).free_slot();
-    for (int i = 0; i <= slots; ++i) gram[i * slots + free] = column[i];
+    const PairRing ring(counters, slots);
+    const int free = ring.free_slot();
+    const double square = kept_square(ring, column, gram, rule.max_growth);
+    for (int i = 0; i < slots; ++i) gram[i * slots + free] = column[i];
+    gram[slots * slots + free] = square;
     moments[free] = column[slots + 1];
   }
   if (monitored != nullptr && outcome != PairUpdate::none) losses[loss::monitored] = *monitored;

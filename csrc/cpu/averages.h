@@ -15,6 +15,14 @@ struct Averages {
   double eps;
   bool correct_bias;
   void* accumulator;  ///< null: no diagonal
+
+  /// The same where no gradient enters v.
+  Averages standing() const {
+    Averages other = *this;
+    other.keep = 1;
+    other.add = 0;
+    return other;
+  }
 };
 
 /// Momentum moves on, and q of LookAhead is formed.

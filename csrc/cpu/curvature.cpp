@@ -1,5 +1,6 @@
 #include "curvature.h"
 
+#include "../common/acceptance.h"
 #include "../common/damping.h"
 #include "dispatch.h"
 #include "pairs.h"
@@ -80,6 +81,7 @@ enum : int { kOwnProduct, kSquare, kMoment, kNonfinite, kWords };
 
 template <class T, class F, class R>
 void pass_b(ParallelFor parallel_for, const PassB& a, T, F, R) {
+  if (!step_is_accepted(a.flags, a.counters)) return;
   const int64_t size = a.fisher.columns;
   const PairRing ring(a.counters, static_cast<int>(a.s_ring.rows));
   const auto gradients = gradient_rows<F>(a.fisher, a.counters);
@@ -125,7 +127,8 @@ void pass_b(ParallelFor parallel_for, const PassB& a, T, F, R) {
 template <class T>
 void commit(ParallelFor parallel_for, const Commit& a, T) {
   const PairUpdate outcome =
-      decide_pair_update(a.counters, a.slots, a.column, a.losses, a.monitored, a.rule);
+      decide_pair_update(a.counters, a.slots, a.column, a.flags, a.losses, a.monitored, a.rule);
+  if (outcome == PairUpdate::none) return;
   const T count = divisor<T>(a.counters);
   T* anchor = static_cast<T*>(a.anchor);
   T* sum = static_cast<T*>(a.iterate_sum);
@@ -141,7 +144,7 @@ void commit(ParallelFor parallel_for, const Commit& a, T) {
     std::fill(sum + begin, sum + end, T(0));
   };
   for_chunks(parallel_for, a.params.size(), Order::forward, chunk);
-  record_pair_update(outcome, a.slots, a.column, a.monitored, a.gram, a.moments, a.losses,
+  record_pair_update(outcome, a.slots, a.column, a.monitored, a.rule, a.gram, a.moments, a.losses,
                      a.counters);
 }
 

@@ -29,6 +29,7 @@ struct PassB {
   Displacement s;
   Matrix fisher;
   const int64_t* counters;
+  const double* flags;  ///< words of namespace flag
   const double* weights;
   const void* image;     ///< null without damping
   const void* momentum;  ///< null: none
@@ -42,6 +43,7 @@ struct Commit {
   Dtype dtype;
   int slots;
   const double* column;
+  const double* flags;      ///< words of namespace flag
   const double* monitored;  ///< null without a monitor
   PairUpdateRule rule;
   double* gram;

@@ -14,7 +14,8 @@ void move(ParallelFor parallel_for, const DiagonalStep& a, T) {
   const T correction =
       static_cast<T>(bias_correction(a.counters, a.averages.keep, a.averages.correct_bias));
   const auto chunk = [&](int64_t, int64_t begin, int64_t end) {
-    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+    for_blocks(a.gradient.tensors, begin, end, [&](int64_t at, int64_t n, bool present) {
+      if (!present) return;
       T g[kBlock], p[kBlock], w[kBlock];
       load_gradient(a.gradient, clip, at, n, g);
       if (a.averages.momentum != nullptr) {

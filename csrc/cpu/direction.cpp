@@ -74,7 +74,7 @@ void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
   const auto y = pair_rows<R>(a.y_ring, ring);
   auto minus_a = by_age<T>(backward(a.gram, ring, a.projections), ring);
   for (T& number : minus_a) number = -number;
-  const Averages& averages = a.averages;
+  const Averages &averages = a.averages, standing = averages.standing();
   const LookAhead look(a.counters, averages.beta);
   const T clip = static_cast<T>(clip_factor(flags, a.gradient.max_norm));
   const T correction =
@@ -85,15 +85,16 @@ void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
   PartialSums partial(a.gradient.tensors.size(), ring.pairs + 1);
   const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
     double* sums = partial.of(index);
-    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+    for_blocks(a.gradient.tensors, begin, end, [&](int64_t at, int64_t n, bool present) {
       T g[kBlock], blended[kBlock], r[kBlock];
       load_gradient(a.gradient, clip, at, n, g);
-      const T* q = averages.momentum != nullptr ? blended : g;
+      const T* q = averages.momentum != nullptr && present ? blended : g;
       if (q == blended) blend(averages, look, g, at, n, blended);
       std::copy_n(q, n, r);
       add_combination(y, minus_a, at, n, r);
       if (averages.accumulator != nullptr) {
-        sums[ring.pairs] += scale_by_diagonal(averages, correction, g, q, at, n, r);
+        const Averages& entering = present ? averages : standing;
+        sums[ring.pairs] += scale_by_diagonal(entering, correction, g, q, at, n, r);
       } else if (!a.identity) {
         sums[ring.pairs] += scale_by_scalar(gamma, q, n, r);
       }
@@ -140,7 +141,8 @@ template <class T, class R>
 double cap_direction(ParallelFor parallel_for, const Pass3& a, Direction<T, R>& p) {
   PartialSums partial(a.params.size(), 1);
   const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
-    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+    for_blocks(a.gradients, begin, end, [&](int64_t at, int64_t n, bool present) {
+      if (!present) return;
       add_combination(p.s, p.c, at, n, p.r + at);
       *partial.of(index) += sum_of_squares(p.r + at, n);
     });
@@ -153,7 +155,7 @@ double cap_direction(ParallelFor parallel_for, const Pass3& a, Direction<T, R>& 
   return size > limit ? limit / size : 1;
 }
 
-/// w_sum += w;  w = (1 - lr weight_decay) w - lr p.
+/// w_sum += w;  w = (1 - lr weight_decay) w - lr p where there is a gradient.
 template <class T, class R>
 void move(ParallelFor parallel_for, const Pass3& a, const PairRing& ring, T, R) {
   const auto coefficients = forward(a.gram, ring, a.projections, a.images);
@@ -163,14 +165,15 @@ void move(ParallelFor parallel_for, const Pass3& a, const PairRing& ring, T, R) 
   const double factor = capped ? cap_direction(parallel_for, a, p) : 1;
   T* sum = static_cast<T*>(a.iterate_sum);
   const auto chunk = [&](int64_t, int64_t begin, int64_t end) {
-    for_blocks(begin, end, [&](int64_t at, int64_t n) {
+    for_blocks(a.gradients, begin, end, [&](int64_t at, int64_t n, bool present) {
       T block[kBlock], w[kBlock];
-      std::copy_n(p.r + at, n, block);
-      add_combination(p.s, p.c, at, n, block);
       a.params.load(at, n, w);
       if (sum != nullptr) {
         for (int64_t k = 0; k < n; ++k) sum[at + k] += w[k];
       }
+      if (!present) return;
+      std::copy_n(p.r + at, n, block);
+      add_combination(p.s, p.c, at, n, block);
       descend(a.rates, factor, at, n, block, w);
       a.params.store(at, n, w);
     });

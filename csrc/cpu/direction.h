@@ -48,6 +48,7 @@ struct Images {
 
 struct Pass3 {
   const Scattered& params;
+  const Scattered& gradients;  ///< of which it matters which are there
   Dtype dtype;
   Matrix s_ring;
   const double* gram;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/layout.h"
+#include "parallel.h"
 #include "scattered.h"
 
 namespace adaqn::cpu {
@@ -14,6 +15,17 @@ struct Gradient {
   bool maximize;
   double max_norm;
 };
+
+/// Calls body(begin, n, present) for every block of begin..end, cut where tensors that are there
+/// and tensors that are not meet: the parameters of the latter stand still.
+template <class Body>
+inline void for_blocks(const Scattered& gradients, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t at = begin; at < end;) {
+    const Run run = gradients.run(at, std::min(end, at + kBlock));
+    body(at, run.end - at, run.present);
+    at = run.end;
+  }
+}
 
 /// `clip` is clip_factor of the flags, or 1 for what they are measured of.
 template <class T>

@@ -86,12 +86,32 @@ inline void store_elements(const Segment& segment, int64_t first, int64_t n, con
   for (int64_t i = 0; i < n; ++i) to[i] = convert<E>(from[i]);
 }
 
+/// Elements up to `end`, which all have a tensor or all have none.
+struct Run {
+  int64_t end;
+  bool present;
+};
+
 /// Segments in order, without gaps and without empty ones.
 class Scattered {
  public:
   void append(void* data, Dtype dtype, bool contiguous, const Layout& layout, int64_t numel) {
     if (numel == 0) return;
+    complete_ = complete_ && data != nullptr;
     segments_.push_back({data, dtype, contiguous, layout, size(), size() + numel});
+  }
+
+  /// The run that starts with element `begin`, cut off at `end`.
+  Run run(int64_t begin, int64_t end) const {
+    if (complete_) return {end, true};
+    auto segment = find(begin);
+    const bool present = segment->data != nullptr;
+    int64_t run_end = begin;
+    for (; segment != segments_.end() && run_end < end; ++segment) {
+      if ((segment->data != nullptr) != present) break;
+      run_end = segment->end;
+    }
+    return {std::min(run_end, end), present};
   }
 
   int64_t size() const { return segments_.empty() ? 0 : segments_.back().end; }
@@ -135,13 +155,18 @@ class Scattered {
   }
 
  private:
+  /// The segment of an element.
+  std::vector<Segment>::const_iterator find(int64_t element) const {
+    return std::upper_bound(
+        segments_.begin(), segments_.end(), element,
+        [](int64_t at, const Segment& candidate) { return at < candidate.end; });
+  }
+
   /// Calls body(segment, first, part, at) for every segment's share of begin..begin+n: `part`
   /// elements from the segment's `first` on, which are `at` elements behind begin.
   template <class Body>
   void for_parts(int64_t begin, int64_t n, const Body& body) const {
-    auto segment = std::upper_bound(
-        segments_.begin(), segments_.end(), begin,
-        [](int64_t element, const Segment& candidate) { return element < candidate.end; });
+    auto segment = find(begin);
     for (int64_t at = 0; at < n; ++segment) {
       const int64_t first = begin + at - segment->start;
       const int64_t part = std::min(n - at, segment->end - segment->start - first);
@@ -151,6 +176,7 @@ class Scattered {
   }
 
   std::vector<Segment> segments_;
+  bool complete_ = true;  ///< no segment is without data
 };
 
 }  // namespace adaqn::cpu

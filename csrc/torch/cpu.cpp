@@ -108,6 +108,11 @@ int64_t* counters_of(const Tensor& tensor, const Place& place) {
   return static_cast<int64_t*>(tensor.mutable_data_ptr());
 }
 
+/// The words of namespace flag, behind one word per slot.
+const double* flags_of(const Tensor& projections, const Place& place, int64_t slots) {
+  return doubles_of(projections, {"projections"}, place, {slots + flag::count}) + slots;
+}
+
 /// Without slots there are no pairs.
 void check_pair_words(const int64_t* counters, int64_t slots) {
   const int64_t last = std::max<int64_t>(slots - 1, 0);
@@ -267,17 +272,19 @@ cpu::Pass2 pass2_of(const cpu::Gradient& gradient, Dtype dtype, const Tensor& y_
           doubles_of(images, {"images"}, place, {y.rows + 1})};
 }
 
-cpu::Pass3 pass3_of(const Scattered& params, const std::vector<cpu::Rates>& rates,
-                    const Tensor& s_ring, const Tensor& gram, const Tensor& projections,
-                    const Tensor& images, const Tensor& direction, double beta,
-                    double max_direction, int64_t fisher_size, const OptionalTensor& iterate_sum,
-                    const Tensor& moments, const Tensor& counters, const Place& place) {
+cpu::Pass3 pass3_of(const Scattered& params, const Scattered& gradients,
+                    const std::vector<cpu::Rates>& rates, const Tensor& s_ring, const Tensor& gram,
+                    const Tensor& projections, const Tensor& images, const Tensor& direction,
+                    double beta, double max_direction, int64_t fisher_size,
+                    const OptionalTensor& iterate_sum, const Tensor& moments,
+                    const Tensor& counters, const Place& place) {
   const Dtype dtype = vector_dtype(direction, {"direction"});
   const Matrix s = pairs_of(s_ring, {"s_ring"}, place, params.size(), dtype);
   int64_t* words = counters_of(counters, place);
   check_pair_words(words, s.rows);
   if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
   return {params,
+          gradients,
           dtype,
           s,
           doubles_of(gram, {"gram"}, place, {s.rows + 1, s.rows}),
@@ -318,8 +325,9 @@ void direction_step(const Tensors& params, const OptionalTensors& grads, const T
   const auto first =
       pass1_of(gradient, dtype, s_ring, counters, found_inf, beta, moments, projections, place);
   const auto third =
-      pass3_of(vector, rates, s_ring, gram, projections, images, direction, beta, max_direction,
-               std::max<int64_t>(second.fisher.rows, 1), iterate_sum, moments, counters, place);
+      pass3_of(vector, gradient.tensors, rates, s_ring, gram, projections, images, direction, beta,
+               max_direction, std::max<int64_t>(second.fisher.rows, 1), iterate_sum, moments,
+               counters, place);
   cpu::direction_pass1(parallel_for, first);
   cpu::direction_pass2(parallel_for, second);
   cpu::direction_pass3(parallel_for, third);
@@ -368,20 +376,22 @@ void direction_images(const Tensor& direction, const Tensor& y_ring, const Tenso
                      doubles_of(images, {"images"}, place, {y.rows + 1})});
 }
 
-void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& gram,
-                     const Tensor& projections, const Tensor& images, const Tensor& direction,
-                     double beta, double max_direction, const std::vector<int64_t>& group_sizes,
-                     const std::vector<double>& lr, const std::vector<double>& weight_decay,
-                     const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
-                     int64_t fisher_size, const OptionalTensor& iterate_sum, const Tensor& moments,
+void direction_pass3(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
+                     const Tensor& gram, const Tensor& projections, const Tensor& images,
+                     const Tensor& direction, double beta, double max_direction,
+                     const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                     const OptionalTensor& weight_decay_tensor, int64_t fisher_size,
+                     const OptionalTensor& iterate_sum, const Tensor& moments,
                      const Tensor& counters) {
   const Place place(s_ring);
   const Scattered vector = params_of(params, place);
+  const Scattered gradients = grads_of(grads, params, place);
   const auto rates =
       rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
-  cpu::direction_pass3(parallel_for,
-                       pass3_of(vector, rates, s_ring, gram, projections, images, direction, beta,
-                                max_direction, fisher_size, iterate_sum, moments, counters, place));
+  cpu::direction_pass3(parallel_for, pass3_of(vector, gradients, rates, s_ring, gram, projections,
+                                              images, direction, beta, max_direction, fisher_size,
+                                              iterate_sum, moments, counters, place));
 }
 
 void diagonal_step(const Tensors& params, const OptionalTensors& grads,
@@ -459,9 +469,9 @@ void curvature_pass_a(const Tensor& fisher, const Tensor& iterate_sum, const Ten
 }
 
 void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
-                      const Tensor& counters, const Tensor& weights, const OptionalTensor& image,
-                      const OptionalTensor& momentum, const Tensor& s_ring, const Tensor& y_ring,
-                      const Tensor& column) {
+                      const Tensor& counters, const Tensor& projections, const Tensor& weights,
+                      const OptionalTensor& image, const OptionalTensor& momentum,
+                      const Tensor& s_ring, const Tensor& y_ring, const Tensor& column) {
   const Place place(fisher);
   const int64_t size = anchor.numel();
   const cpu::Displacement displacement = displacement_of(iterate_sum, anchor, place);
@@ -474,18 +484,20 @@ void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Ten
   const int64_t* words = counters_of(counters, place);
   check_pair_words(words, s.rows);
   check_gradient_words(words, f.rows);
-  cpu::curvature_pass_b(
-      parallel_for, {displacement, f, words, doubles_of(weights, {"weights"}, place, {f.rows + 1}),
-                     optional_vector_of(image, {"image"}, place, size, dtype),
-                     optional_vector_of(momentum, {"momentum"}, place, size, dtype), s, y,
-                     doubles_of(column, {"column"}, place, {s.rows + 2})});
+  cpu::curvature_pass_b(parallel_for,
+                        {displacement, f, words, flags_of(projections, place, s.rows),
+                         doubles_of(weights, {"weights"}, place, {f.rows + 1}),
+                         optional_vector_of(image, {"image"}, place, size, dtype),
+                         optional_vector_of(momentum, {"momentum"}, place, size, dtype), s, y,
+                         doubles_of(column, {"column"}, place, {s.rows + 2})});
 }
 
-void curvature_commit(const Tensors& params, const Tensor& column,
+void curvature_commit(const Tensors& params, const Tensor& column, const Tensor& projections,
                       const OptionalTensor& monitored_loss, double min_curvature,
-                      double max_increase, const Tensor& gram, const Tensor& moments,
-                      const Tensor& losses, const Tensor& anchor, const Tensor& iterate_sum,
-                      const OptionalTensor& momentum, const Tensor& counters) {
+                      double max_increase, double max_growth, const Tensor& gram,
+                      const Tensor& moments, const Tensor& losses, const Tensor& anchor,
+                      const Tensor& iterate_sum, const OptionalTensor& momentum,
+                      const Tensor& counters) {
   const Place place(anchor);
   const cpu::Displacement state = displacement_of(iterate_sum, anchor, place);
   const Scattered vector = params_of(params, place);
@@ -498,8 +510,9 @@ void curvature_commit(const Tensors& params, const Tensor& column,
                      state.dtype,
                      static_cast<int>(slots),
                      doubles_of(column, {"column"}, place, {slots + 2}),
+                     flags_of(projections, place, slots),
                      monitored_loss ? &monitored : nullptr,
-                     {min_curvature, max_increase},
+                     {min_curvature, max_increase, max_growth},
                      doubles_of(gram, {"gram"}, place, {slots + 1, slots}),
                      doubles_of(moments, {"moments"}, place, {slots}),
                      doubles_of(losses, {"losses"}, place, {loss::count}),

@@ -59,14 +59,14 @@ double correction(const Words& counters, double keep, bool enabled) {
   return bias_correction(counters.data(), keep, enabled);
 }
 
-py::tuple pair_update(Words counters, int slots, const Doubles& column, Doubles losses,
-                      std::optional<double> loss, double min_curvature, double max_increase,
-                      Doubles gram, Doubles moments) {
+py::tuple pair_update(Words counters, int slots, const Doubles& column, const Doubles& flags,
+                      Doubles losses, std::optional<double> loss, double min_curvature,
+                      double max_increase, double max_growth, Doubles gram, Doubles moments) {
   const double* monitored = loss ? &*loss : nullptr;
-  const PairUpdate outcome =
-      decide_pair_update(counters.data(), slots, column.data(), losses.data(), monitored,
-                         {min_curvature, max_increase});
-  record_pair_update(outcome, slots, column.data(), monitored, gram.data(), moments.data(),
+  const PairUpdateRule rule{min_curvature, max_increase, max_growth};
+  const PairUpdate outcome = decide_pair_update(counters.data(), slots, column.data(),
+                                                flags.data(), losses.data(), monitored, rule);
+  record_pair_update(outcome, slots, column.data(), monitored, rule, gram.data(), moments.data(),
                      losses.data(), counters.data());
   return py::make_tuple(static_cast<int>(outcome), gram, moments, losses, counters);
 }
