@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import inf
-from numbers import Number, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops, reference
+from . import ops
 from .arena import Arena, Buffers, Sizes, real_view
 from .blocks import check_blocks
 from .compiled import register
-from .curvature import (
-    Product,
-    average_gradient,
-    closure_difference,
-    given_product,
-    move_anchor_gradient,
-    pending_displacement,
-    sum_gradients,
-)
-from .kronecker import Kronecker, schedule
+from .curvature import Product
+from .interrupts import uninterrupted
+from .kronecker import Kronecker
 from .layout import Counter, Loss
-from .options import CHECKS, PER_GROUP, check_callable, validate, validate_group
-
-Monitor = Callable[[], "Tensor | float"]
+from .options import CHECKS, LiveOptions, check_callable, validate, validate_group
+from .precision import full_precision
+from .saved import check_state_dict, with_defaults
+from .step import Call, Hooks, Monitor, Settings, is_hookless
+from .watch import Watch, check_memory
 
 
 class AdaQN(Optimizer):
@@ -207,8 +201,7 @@ class AdaQN(Optimizer):
         self._check_hooks(defaults)
         self._arena: Arena | None = None
         self._calls = 0
-        self._fresh = False
-        self._handle = register(self)
+        self._prepare()
         super().__init__(params, defaults)
         if blocks is not None:
             check_blocks(blocks, self._parameters())
@@ -239,7 +232,7 @@ class AdaQN(Optimizer):
             check_blocks(given, group["params"])
             group["blocks"] = [int(given.get(p, 1)) for p in group["params"]]
             if self._arena is not None:
-                self._bind(self._arena.grown(self._new_arena(self._common())), self._calls)
+                self._refit()
         except Exception:
             self.param_groups.pop()
             raise
@@ -269,10 +262,24 @@ class AdaQN(Optimizer):
         blocks = self._blocks(self.param_groups)
         return sizes.bytes() + Kronecker.bytes(views, blocks, sizes.dtype, **_longest(common))
 
+    def _prepare(self) -> None:
+        """What is neither option nor state, and so not copied or pickled."""
+        self._handle = register(self)
+        self._live = LiveOptions()
+        self._watch: Watch | None = None
+        self._first_rates: list[float | Tensor] = []
+        self._halfway = False
+
     def _new_arena(
-        self, common: dict[str, Any], groups: list[dict[str, Any]] | None = None
+        self,
+        common: dict[str, Any],
+        groups: list[dict[str, Any]] | None = None,
+        momentum: bool = False,
     ) -> Arena:
-        """Buffers for all parameters under the options ``common`` and the blocks of ``groups``."""
+        """Buffers for all parameters under the options ``common`` and the blocks of ``groups``.
+
+        With ``momentum``, there is room for it even where it is zero now.
+        """
         params = self._parameters()
         devices = {p.device for p in params}
         if len(devices) > 1:
@@ -281,13 +288,15 @@ class AdaQN(Optimizer):
                 f"params: expected all on one device, got {names}; give each device an optimizer "
                 "of its own"
             )
-        sizes, kronecker = Sizes.of(params, common), None
-        if common["init"] == "kronecker":
-            views = [real_view(p.detach()) for p in params]
-            blocks = self._blocks(groups or self.param_groups)
-            check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n > 1}, params)
-            kronecker = Kronecker(views, blocks, sizes.dtype, **_longest(common))
-        return Arena(params, sizes, kronecker)
+        check_memory(params)
+        with torch.inference_mode(False):  # the state outlives the mode
+            sizes, kronecker = Sizes.of(params, common, momentum), None
+            if common["init"] == "kronecker":
+                views = [real_view(p.detach()) for p in params]
+                blocks = self._blocks(groups or self.param_groups)
+                check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n > 1}, params)
+                kronecker = Kronecker(views, blocks, sizes.dtype, **_longest(common))
+            return Arena(params, sizes, kronecker)
 
     @staticmethod
     def _blocks(groups: list[dict[str, Any]]) -> list[int]:
@@ -295,11 +304,59 @@ class AdaQN(Optimizer):
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
-        self._arena, self._calls, self._fresh = arena, calls, False
-        for p in self._parameters():
+        before = [] if self._arena is None else self._arena.params
+        self._arena, self._calls, self._halfway = arena, calls, False
+        for p in [*before, *self._parameters()]:
             self.state.pop(p, None)
         if arena is not None:
-            self.state.update(zip(arena.params, arena.views(), strict=True))
+            entries = arena.views()
+            self.state.update(zip(arena.params, entries, strict=True))
+            self._watch = Watch(arena.params, entries)
+            self._live.fix(self._common())
+
+    def _reconcile(self) -> None:
+        """Honour what has been replaced since the last call, or raise; nothing is written before.
+
+        Raises:
+            RuntimeError: an option that gives the state its shape has changed, or parameters
+                overlap.
+            ValueError: an option is out of range, or the state does not fit the parameters.
+        """
+        self._match_blocks()
+        self._live.check(self.param_groups, self._arena is not None)
+        if self._arena is None:
+            return
+        lacking = self._common()["momentum"] > 0 and self._arena.momentum is None
+        if lacking or self._watch.sees_change(self._parameters(), self.state):
+            self._refit()
+
+    def _match_blocks(self) -> None:
+        """Parameters that were put into a group, or taken out of it, by hand."""
+        for group in self.param_groups:
+            if len(group["blocks"]) != len(group["params"]):
+                known = {}
+                if self._arena is not None and self._arena.kronecker is not None:
+                    counts = self._arena.kronecker.plan.counts
+                    known = dict(zip(self._arena.params, counts, strict=True))
+                group["blocks"] = [known.get(p, 1) for p in group["params"]]
+
+    def _refit(self) -> None:
+        """New buffers for the parameters as they are, from the state that is filed under them.
+
+        Parameters without state join as if they had stood still so far.  Pairs are dropped if a
+        parameter has gone, or its state has: they hold products with it.
+        """
+        params = self._parameters()
+        _check_dtypes(params)
+        entries = [self.state.get(p, {}) for p in params]
+        if not any(entries):
+            self._bind(None, 0)
+            return
+        arena = self._assemble(entries, self.param_groups)
+        kept = {p for p, entry in zip(params, entries, strict=True) if entry}
+        if not kept.issuperset(self._arena.params):
+            arena.forget_pairs()
+        self._bind(arena, int(arena.calls))
 
     # ------------------------------------------------------------------ the step
 
@@ -333,31 +390,52 @@ class AdaQN(Optimizer):
         self._check_hooks(self._common())
         self._check_curvature(self._common())
         grads = self._gradients()
+        if all(g is None for g in grads):
+            return loss
         self._init_group()
         params = [real_view(p) for p in self._arena.params]
         if not torch.compiler.is_compiling():
-            with _full_precision(self._arena.device):
-                self._advance(params, grads, self._arena)
-        elif self._hookless():
+            self._advance(params, grads, self._arena)
+        elif is_hookless(self._hooks(), self._common()):
             torch.ops.adaqn.whole_step(self._handle, params, grads, self._arena.tensors())
         else:
             self._advance_outside_graph(params, grads)
         return loss
 
     def _init_group(self) -> None:
-        """Allocate the state if there is none.
+        """Look at what the user may have changed, and allocate the state if there is none.
 
         ``torch.compile`` runs a method of this name instead of tracing it.
         """
+        self._check_whole()
+        self._reconcile()
         if self._arena is None:
             self._bind(self._new_arena(self._common()), calls=0)
-            self._fresh = True
+
+    def _check_whole(self) -> None:
+        if self._halfway:
+            raise RuntimeError(
+                "the last step failed halfway, after it had changed some of the state; load a "
+                "state_dict of before into the model and the optimizer"
+            )
+
+    def _check_compiled(self) -> None:
+        """What :meth:`_init_group` does for a step that is traced, when it runs.
+
+        The graph holds the buffers that it was traced with.
+        """
+        self._check_whole()
+        self._live.check(self.param_groups, allocated=True)
+        if self._watch.sees_change(self._parameters(), self.state):
+            raise RuntimeError(
+                "parameters or state were replaced after the step had been compiled; call "
+                "torch.compiler.reset() and compile it anew"
+            )
 
     @torch.compiler.disable
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """A compiled step that calls the user's functions: Python that no graph can hold."""
-        with _full_precision(self._arena.device):
-            self._advance(params, grads, self._arena)
+        self._advance(params, grads, self._arena)
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -373,9 +451,8 @@ class AdaQN(Optimizer):
                 grads[index] = torch.view_as_real(g.resolve_conj())
         return grads
 
-    def _hookless(self) -> bool:
-        """Whether no function of the user's is called in a step."""
-        return self.monitor is None and self._common()["curvature"] in ("fisher", "gradients")
+    def _hooks(self) -> Hooks:
+        return Hooks(self.monitor, self.curvature_closure, self.curvature_product)
 
     def _check_curvature(self, common: dict[str, Any]) -> None:
         if common["curvature"] == "difference" and self.curvature_closure is None:
@@ -392,228 +469,44 @@ class AdaQN(Optimizer):
 
     def _advance(self, params: list[Tensor], grads: list[Tensor | None], state: Buffers) -> None:
         """One call of the schedule: a step and, every ``update_interval`` calls, a pair update."""
-        common = self._common()
-        # A first call with lr 0 is how torch.distributed.checkpoint materialises state.
-        counted = not self._fresh or any(
-            not isinstance(group["lr"], Number) or group["lr"] != 0 for group in self.param_groups
-        )
-        calls = self._calls + counted
-        has_pairs = common["history_size"] > 0
-        due = has_pairs and counted and calls % common["update_interval"] == 0
-        op = ops.select_backend(self._arena.device, common["fused"]).ops
+        device = self._arena.device
+        scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        settings = Settings.of(self.param_groups, device, *scaling)
+        if self._calls == 0:
+            self._first_rates = [group["lr"] for group in self.param_groups]
         # The dispatcher does so for lists of tensors, but not where some may be missing.
         grads = [None if g is None else g.resolve_neg() for g in grads]
-        if has_pairs or state.kronecker is not None:
-            loss, y = self._move(op, params, grads, state, common, calls, due)
-        else:
-            self._move_plainly(op, params, grads, state, common)
-        if due:
-            self._update_pairs(op, params, state, common, loss, y)
-        # Native kernels write behind autograd's back; a graph that saved a parameter must know.
-        torch.autograd.graph.increment_version(params)
-        self._calls, self._fresh = calls, False
-        self._arena.calls.fill_(calls)
+        backend = ops.select_backend(device, self._common()["fused"])
+        owners, hooks, number = self._arena.params, self._hooks(), self._calls + 1
+        call = Call(backend.ops, owners, params, grads, state, settings, hooks, number)
+        by_torch = backend.name == "reference" or call.has_products
 
-    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients' scale, and whether it overflowed, from :class:`torch.amp.GradScaler`."""
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        def finish() -> None:
+            # Native kernels write behind autograd's back; a graph that saved a parameter must know.
+            tracked = [p for p in params if not p.is_inference()]
+            torch.autograd.graph.increment_version(tracked)
+            self._calls = call.number
+            self._arena.calls.fill_(call.number)
 
-    def _group_rates(self) -> tuple[Any, ...]:
-        return ([len(group["params"]) for group in self.param_groups], *self._rates())
+        with full_precision(device) if by_torch else nullcontext(), uninterrupted() as hold:
+            try:
+                call.run(hold, finish)
+            finally:
+                self._halfway = call.halfway
 
-    def _move_plainly(
-        self,
-        op: Any,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        a: Buffers,
-        common: dict[str, Any],
-    ) -> None:
-        """A step of the diagonal initial matrix alone."""
-        averages = (common["max_grad_norm"], common["momentum"], *_diagonal(common))
-        op.diagonal_step(
-            params, grads, *self._scaling(), common["maximize"], *averages, *self._group_rates(),
-            a.momentum, a.accumulator, a.projections, a.counters,
-        )  # fmt: skip
+    def _uncount_blank_call(self) -> None:
+        """Undo the count of a first call that changed nothing at lr 0.
 
-    def _move(
-        self,
-        op: Any,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        a: Buffers,
-        common: dict[str, Any],
-        calls: int,
-        due: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The three passes of a step.
-
-        Returns:
-            The monitored loss and y, both at the averaged iterate, where ``due`` and asked for.
+        It is how torch.distributed.checkpoint makes an optimizer allocate its state; a warm-up that
+        begins at 0 has gradients.  To tell them apart takes a look at the device, which a step must
+        not wait for.
         """
-        grad_scale, found_inf = self._scaling()
-        maximize, clip, beta = common["maximize"], common["max_grad_norm"], common["momentum"]
-        kronecker = a.kronecker is not None
-        observed = due and not self._hookless()
-        rates = self._group_rates()
-        cap = common["max_direction"] if len(a.s_ring) else inf  # without pairs p = H0 q
-        if not (kronecker or observed or a.gradient_sum is not None):
-            op.direction_step(
-                params, grads, a.s_ring, a.y_ring, a.gram, grad_scale, found_inf, maximize, clip,
-                beta, *_diagonal(common), cap, *rates, a.momentum, a.accumulator, a.fisher,
-                a.iterate_sum, a.direction, a.moments, a.projections, a.images, a.counters,
-            )  # fmt: skip
-            return None, None
-        op.direction_pass1(
-            params, grads, a.s_ring, a.counters, grad_scale, found_inf, maximize, clip, beta,
-            a.moments, a.projections,
-        )  # fmt: skip
-        # Before anything that lasts is written: a function that raises leaves no trace.
-        loss, y = self._observe(op, params, a, common) if observed else (None, None)
-        if a.gradient_sum is not None:
-            sum_gradients(params, grads, grad_scale, maximize, a)
-        op.direction_pass2(
-            params, grads, a.y_ring, a.gram, a.counters, a.projections, grad_scale, maximize, clip,
-            beta, *_diagonal(common), kronecker, a.momentum, a.accumulator, a.fisher, a.direction,
-            a.images,
-        )  # fmt: skip
-        if kronecker:
-            self._precondition(op, params, grads, a, common, calls)
-        op.direction_pass3(
-            params, grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta, cap, *rates,
-            max(len(a.fisher), 1), a.iterate_sum, a.moments, a.counters,
-        )  # fmt: skip
-        return loss, y
-
-    def _precondition(
-        self,
-        op: Any,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        a: Buffers,
-        common: dict[str, Any],
-        calls: int,
-    ) -> None:
-        """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
-        taken, refresh = schedule(calls, common["factor_interval"])
-        decay = common["decay"]
-        scale = reference.gradient_factor(
-            a.projections, self._scaling()[0], common["maximize"], common["max_grad_norm"]
-        )
-        accepted = reference.step_is_accepted(a.projections, a.counters)
-        correction = reference.bias_correction(a.counters, decay, common["bias_correction"])
-        spectrum = (correction.to(a.direction.dtype), common["eps"])
-        a.kronecker.accumulate(grads, scale.to(a.direction.dtype), accepted, decay, refresh, taken)
-        a.kronecker.apply(a.direction, *spectrum, out=a.direction)
-        if len(a.s_ring) == 0:
+        if self._arena is None or self._calls != 1 or any(r != 0 for r in self._first_rates):
             return
-        op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
-        if common["max_direction"] < inf:
-            g = scale.to(a.direction.dtype) * reference.gradient_vector(
-                params, grads, a.direction.dtype, None, False
-            )
-            q = reference.look_ahead_from_new(g, a.momentum, a.counters, common["momentum"])
-            a.kronecker.apply(q, *spectrum, out=q)
-            a.images[-1] = q.double().square().sum()
-
-    def _rates(self) -> tuple[list[float], list[float], Tensor | None, Tensor | None]:
-        """Per group, ``lr`` and ``weight_decay`` by value, and as tensors where one is a tensor."""
-        values, tensors = [], []
-        for name in PER_GROUP:
-            options = [group[name] for group in self.param_groups]
-            if any(isinstance(option, Tensor) for option in options):
-                values.append([0.0] * len(options))
-                tensors.append(torch.stack([self._on_device(option) for option in options]))
-            else:
-                values.append([float(option) for option in options])
-                tensors.append(None)
-        return *values, *tensors
-
-    def _on_device(self, number: float | Tensor) -> Tensor:
-        """A 0-d float64 tensor beside the state; the host does not wait for it."""
-        device = self._arena.device
-        if isinstance(number, Tensor):
-            number = number.detach().reshape(())
-            return number.to(device, torch.float64, non_blocking=True)
-        return torch.full((), number, dtype=torch.float64, device=device)
-
-    def _observe(
-        self, op: Any, params: list[Tensor], a: Buffers, common: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The monitored loss and y at the averaged iterate; the parameters are as before then."""
-        saved = a.direction
-        op.iterate_swap(params, a.iterate_sum, a.projections, a.counters, saved)
-        try:
-            loss = None if self.monitor is None else self._monitored_loss()
-            y = self._evaluate_curvature(params, a, common)
-        finally:
-            op.iterate_restore(params, saved)
-        return loss, -y if y is not None and common["maximize"] else y
-
-    def _monitored_loss(self) -> Tensor:
-        loss = self.monitor()
-        scalar = isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex()
-        if not scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
-            raise TypeError(
-                f"monitor: expected a float or a one-element real tensor, got {loss!r}; return the "
-                "mean loss on the monitoring batch"
-            )
-        return self._on_device(loss)
-
-    def _evaluate_curvature(
-        self, params: list[Tensor], a: Buffers, common: dict[str, Any]
-    ) -> Tensor | None:
-        """y by the user's functions, with the parameters at the averaged iterate."""
-        if common["curvature"] == "product":
-            s = pending_displacement(params, a)
-            return given_product(self._arena.params, self.curvature_product, s)
-        if common["curvature"] == "difference":
-            return closure_difference(self._arena.params, self.curvature_closure, params, a)
-        return None
-
-    def _update_pairs(
-        self,
-        op: Any,
-        params: list[Tensor],
-        a: Buffers,
-        common: dict[str, Any],
-        loss: Tensor | None,
-        y: Tensor | None,
-    ) -> None:
-        if a.gradient_sum is not None:
-            average, before = average_gradient(a), a.counters.clone()
-            y = average - a.anchor_gradient
-        if y is not None:
-            a.fisher[0].copy_(y)
-        image = self._initial_product(a, common) if common["damping"] > 0 else None
-        op.curvature_pass_a(
-            a.fisher, a.iterate_sum, a.anchor, a.counters, y is not None, common["damping"], image,
-            a.weights,
-        )  # fmt: skip
-        op.curvature_pass_b(
-            a.fisher, a.iterate_sum, a.anchor, a.counters, a.projections, a.weights, image,
-            a.momentum, a.s_ring, a.y_ring, a.column,
-        )  # fmt: skip
-        op.curvature_commit(
-            params, a.column, a.projections, loss, common["min_curvature"],
-            common["max_increase"], inf, a.gram, a.moments, a.losses, a.anchor, a.iterate_sum, a.momentum, a.counters,
-        )  # fmt: skip
-        if a.gradient_sum is not None:
-            move_anchor_gradient(a, average, before)
-
-    def _initial_product(self, a: Buffers, common: dict[str, Any]) -> Tensor:
-        """B0 s of the candidate, in the scratch that a step has done with."""
-        image, (keep, _, eps, correct) = a.direction, _diagonal(common)
-        if a.kronecker is None:
-            reference.initial_product(
-                a.iterate_sum, a.anchor, a.gram, a.counters, keep, eps, correct, a.accumulator,
-                image,
-            )  # fmt: skip
-        else:
-            s = reference.displacement(a.iterate_sum, a.anchor, a.counters)
-            correction = reference.bias_correction(a.counters, keep, correct, pending=0)
-            a.kronecker.apply_inverse(s, correction.to(s.dtype), eps, out=image)
-        return image
+        words = self._arena.counters.tolist()
+        if not (words[Counter.ACCEPTED] or words[Counter.STEPS_SKIPPED]):
+            self._calls = 0
+            self._arena.calls.fill_(0)
 
     # ------------------------------------------------------------------ what users look at
 
@@ -647,21 +540,37 @@ class AdaQN(Optimizer):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer; see :meth:`torch.optim.Optimizer.state_dict`.
+
+        Raises:
+            RuntimeError: the last step failed halfway.
+        """
+        self._check_whole()
+        self._uncount_blank_call()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the optimizer state; training continues bit for bit as if it had not stopped.
 
-        Options come from ``state_dict``, as for all torch optimizers; the state keeps its own
-        dtype, whatever the parameters'. The monitor is not part of it.
+        Options come from ``state_dict``, as for all torch optimizers; those that it lacks, because
+        an older version saved it, stay as they are. The state keeps its own dtype, whatever the
+        parameters'. The monitor is not part of it.
 
         Args:
             state_dict (dict): what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the state does not fit the parameters. Nothing has changed then.
+            ValueError: it is no state of AdaQN, an option in it is out of range, or the state does
+                not fit the parameters. Nothing has changed then.
+            TypeError: an option in it has the wrong type. Nothing has changed then.
         """
 
-        def read(_: Optimizer, final: dict[str, Any]) -> None:
+        def read(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            check_state_dict(final)
+            final = with_defaults(final, self.defaults)
             self._incoming = self._read(final)
+            return final
 
         # Registered last, it sees what other hooks made of the dict, before torch casts it.
         handle = self.register_load_state_dict_pre_hook(read)
@@ -674,57 +583,50 @@ class AdaQN(Optimizer):
     def _read(self, state_dict: dict[str, Any]) -> Arena | None:
         """The arena that ``state_dict`` describes, or ``None`` if it holds no state."""
         groups, entries = state_dict["param_groups"], state_dict["state"]
+        for group in groups:
+            validate_group({k: v for k, v in group.items() if k != "params"}, groups[0])
         sizes_match = [len(group["params"]) for group in groups] == [
             len(group["params"]) for group in self.param_groups
         ]
         if not entries or not sizes_match:  # torch reports a mismatch
             return None
-        common = {**self.defaults, **groups[0]}
-        for group in groups:
-            validate_group({k: v for k, v in group.items() if k != "params"}, common)
         keys = [key for group in groups for key in group["params"]]
-        return self._assemble([entries.get(key, {}) for key in keys], common, groups)
+        return self._assemble([entries.get(key, {}) for key in keys], groups, complete=True)
 
     def _assemble(
-        self, entries: list[dict[str, Any]], common: dict[str, Any], groups: list[dict[str, Any]]
+        self, entries: list[dict[str, Any]], groups: list[dict[str, Any]], complete: bool = False
     ) -> Arena:
-        arena = self._new_arena(common, groups)
-        arena.check(entries)
-        arena.load(entries)
+        """An arena for the parameters under the options of ``groups``, filled with ``entries``."""
+        momentum = any("momentum" in entry for entry in entries)
+        arena = self._new_arena(groups[0], groups, momentum)
+        arena.check(entries, complete)
+        arena.adopt(entries)
         return arena
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_whole()
+        self._uncount_blank_call()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_handle" not in self.__dict__:  # unpickled or copied
-            self._handle = register(self)
+            self._prepare()
+            self._arena = None
             self.monitor = self.curvature_closure = self.curvature_product = None
         if "_incoming" in self.__dict__:
             arena = self._incoming
         else:
-            entries = [self.state[p] for p in self._parameters() if p in self.state]
+            entries = [self.state.get(p, {}) for p in self._parameters()]
             arena = None
-            if entries:
-                arena = self._assemble(entries, self._common(), self.param_groups)
+            if any(entries):
+                arena = self._assemble(entries, self.param_groups)
         self._bind(arena, 0 if arena is None else int(arena.calls))
-
-
-def _diagonal(common: dict[str, Any]) -> tuple[float, float, float, bool]:
-    """Weights of the old accumulator and of g^2 in the new one, eps, and whether bias counts."""
-    decay = common["decay"]
-    weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
-    return *weights, common["eps"], common["bias_correction"]
 
 
 def _longest(common: dict[str, Any]) -> dict[str, int]:
     """The longest sides that are factored."""
     return {name: common[name] for name in ("max_factor_dim", "max_vector_dim")}
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast would round the factors' products."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _check_dtypes(params: list[Tensor]) -> None:

@@ -67,8 +67,13 @@ class Sizes:
     fisher_dtype: torch.dtype
 
     @classmethod
-    def of(cls, params: Iterable[Tensor], options: Mapping[str, Any]) -> Sizes:
-        """Sizes for ``params`` and the optimizer's common ``options``."""
+    def of(
+        cls, params: Iterable[Tensor], options: Mapping[str, Any], momentum: bool = False
+    ) -> Sizes:
+        """Sizes for ``params`` and the optimizer's common ``options``.
+
+        With ``momentum``, there is room for it even where the options say that it is zero now.
+        """
         real = [real_view(p.detach()) for p in params]
         dtype = state_dtype(real)
         of_gradients = options["curvature"] == "fisher"
@@ -78,7 +83,7 @@ class Sizes:
             history_size=options["history_size"],
             fisher_size=options["fisher_size"] if of_gradients else 1,
             init=options["init"],
-            momentum=options["momentum"] > 0,
+            momentum=momentum or options["momentum"] > 0,
             gradients=options["curvature"] == "gradients" and options["history_size"] > 0,
             history_dtype=options["history_dtype"] or dtype,
             fisher_dtype=(options["fisher_dtype"] if of_gradients else None) or dtype,
@@ -155,7 +160,8 @@ class Buffers:
     column: Tensor
     kronecker: Kronecker | None = None
 
-    def __init__(self, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    def __init__(self, dtype: torch.dtype, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+        self.dtype = dtype
         for name, tensor in zip(names, tensors, strict=True):
             setattr(self, name, tensor)
 
@@ -173,10 +179,10 @@ class Arena(Buffers):
         self.params = params
         self.device = params[0].device
         self.names = tuple(sizes.buffers())
-        super().__init__(self.names, sizes.allocate(self.device))
+        super().__init__(sizes.dtype, self.names, sizes.allocate(self.device))
         self.kronecker = kronecker
         self.losses.fill_(torch.nan)
-        self.calls = torch.zeros((), dtype=torch.int64)
+        self.calls = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def tensors(self) -> list[Tensor]:
         """All buffers: in the order of ``names``, then those of the Kronecker initial matrix."""
@@ -186,7 +192,7 @@ class Arena(Buffers):
     def over(self, tensors: list[Tensor]) -> Buffers:
         """The same structure over other tensors, given in the order of :meth:`tensors`."""
         count = len(self.names)
-        buffers = Buffers(self.names, tensors[:count])
+        buffers = Buffers(self.dtype, self.names, tensors[:count])
         if self.kronecker is not None:
             buffers.kronecker = self.kronecker.with_tensors(tensors[count:])
         return buffers
@@ -218,20 +224,39 @@ class Arena(Buffers):
         filled = [name for name in RINGS if len(getattr(self, name))]
         return [name for name in VECTORS if getattr(self, name) is not None] + filled
 
-    def load(self, entries: list[dict[str, Tensor]]) -> None:
-        """Copy per-parameter views, as :meth:`views` gives them, into the buffers."""
-        own = self.views()
-        for mine, theirs in zip(own, entries, strict=True):
-            for name in mine.keys() - set(SHARED):
-                mine[name].copy_(theirs[name])
-        for name in SHARED:
-            own[0][name].copy_(entries[0][name])
+    def adopt(self, entries: list[dict[str, Tensor]]) -> None:
+        """Copy per-parameter parts, as :meth:`views` gives them, into the buffers.
 
-    def check(self, entries: list[dict[str, Tensor]]) -> None:
-        """Raise ``ValueError`` unless :meth:`load` will succeed."""
+        A parameter whose entry is empty joins as if it had stood still so far: its pairs and
+        gradients are zero, its average and anchor are where it is.  What its gradients were there
+        is unknown, so averages of gradients begin anew.  Call :meth:`check` first.
+        """
+        own, start = self.views(), 0
+        joining = any(not entry for entry in entries)
+        for name in SHARED:
+            own[0][name].copy_(next(entry for entry in entries if entry)[name])
+        if self.momentum is not None and not any("momentum" in entry for entry in entries):
+            self.moments.zero_()
+        for p, mine, theirs in zip(self.params, own, entries, strict=True):
+            end = start + real_view(p.detach()).numel()
+            for name in mine.keys() - set(SHARED) if theirs else ():
+                if name in theirs:
+                    mine[name].copy_(theirs[name])
+            if not theirs and self.anchor is not None:
+                w = real_view(p.detach()).reshape(-1).to(self.sizes.dtype)
+                self.anchor[start:end] = w
+                self.iterate_sum[start:end] = w * self.counters[Counter.ITERATES]
+            start = end
+        if joining and self.gradient_sum is not None:
+            self.forget_interval()
+
+    def check(self, entries: list[dict[str, Tensor]], complete: bool) -> None:
+        """Raise ``ValueError`` unless :meth:`adopt` will succeed, and, if asked to, be complete."""
         for index, (mine, theirs) in enumerate(zip(self.views(), entries, strict=True)):
-            for name, tensor in mine.items():
+            for name, tensor in mine.items() if theirs or complete else ():
                 found = theirs.get(name)
+                if name == "momentum" and found is None:  # it was zero, and has been raised since
+                    continue
                 if not isinstance(found, Tensor) or found.shape != tensor.shape:
                     shape = tuple(found.shape) if isinstance(found, Tensor) else found
                     raise ValueError(
@@ -239,30 +264,30 @@ class Arena(Buffers):
                         f"{tuple(tensor.shape)}, got {shape}; load a state_dict saved by AdaQN for "
                         "parameters of the same shapes in the same order"
                     )
+        self._check_counters(next(entry for entry in entries if entry)["counters"])
 
-    def grown(self, arena: Arena) -> Arena:
-        """Fill ``arena``, of whose parameters the first are this one's, with this one's state.
+    def _check_counters(self, words: Tensor) -> None:
+        """Ring positions outside the rings would be read and written by the kernels."""
+        last = max(pair_slots(self.sizes.history_size) - 1, 0)
+        rows = max(len(self.fisher), 1)
+        limits = {
+            Counter.PAIRS: last,
+            Counter.OLDEST_PAIR: last,
+            Counter.GRADIENTS: rows,
+            Counter.NEXT_GRADIENT: rows - 1,
+        }
+        values = words.tolist()
+        for word, most in limits.items():
+            if not 0 <= values[word] <= most:
+                raise ValueError(
+                    f"state: expected 'counters' whose {word.name} is in "
+                    f"0..{most}, got {values[word]}; the state_dict was saved with another "
+                    "history_size or fisher_size, or is damaged"
+                )
 
-        Added parameters join as if they had stood still so far: their pairs and gradients are zero,
-        their average and anchor are where they are.  What their gradients were there is unknown, so
-        averages of gradients begin anew.
-        """
-        old = self.sizes.numel
-        for mine, theirs in zip(self._own_views(), arena._own_views(), strict=False):
-            for name, part in mine.items():
-                theirs[name].copy_(part)
-        for name in self._kinds():
-            getattr(arena, name)[..., :old].copy_(getattr(self, name))
-        for name in SHARED:
-            getattr(arena, name).copy_(getattr(self, name))
-        if self.anchor is not None:
-            added = [real_view(p.detach()) for p in arena.params[len(self.params) :]]
-            w = torch.cat([p.reshape(-1).to(arena.sizes.dtype) for p in added])
-            arena.anchor[old:] = w
-            arena.iterate_sum[old:] = w * self.counters[Counter.ITERATES]
-        if self.gradient_sum is not None:
-            arena.forget_interval()
-        return arena
+    def forget_pairs(self) -> None:
+        """Drop the pairs: their products were with a parameter that is gone."""
+        self.counters[Counter.PAIRS] = self.counters[Counter.OLDEST_PAIR] = 0
 
     def forget_interval(self) -> None:
         """Start anew with averages: the next pair update sets the anchor, as the first one did."""

@@ -40,6 +40,7 @@ def _whole_step(
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists; compile it again")
+    optimizer._check_compiled()
     optimizer._advance(params, grads, optimizer._arena.over(state))
 
 

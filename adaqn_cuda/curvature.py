@@ -133,4 +133,4 @@ def move_anchor_gradient(a: Buffers, average: Tensor, before: Tensor) -> None:
     stored = a.counters[Counter.STORED] > before[Counter.STORED]
     first = a.counters[Counter.ANCHORED] > before[Counter.ANCHORED]
     a.anchor_gradient.copy_(torch.where(stored | first, average, a.anchor_gradient))
-    a.gradient_sum.zero_()
+    a.gradient_sum.copy_(torch.where(a.counters[Counter.ITERATES] > 0, a.gradient_sum, 0.0))

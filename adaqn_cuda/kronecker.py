@@ -10,11 +10,17 @@ For a matrix block ``G`` (a x b) of the gradient, with both sides factored::
     L = .95 L + .05 G G^T                 R = .95 R + .05 G^T G
     Q_L, Q_R: eigenbases of L and R, followed by subspace iterations
     r = Q_L^T G Q_R                       v = decay v + (1 - decay) r*r
-    H0 x = Q_L [(Q_L^T X Q_R) / sqrt(correction v + eps)] Q_R^T
+    H0 x = Q_L [(Q_L^T X Q_R) / sqrt(correction (v + floor max v) + eps)] Q_R^T
 
 A side of length 1, or longer than ``max_factor_dim``, takes the identity for its Q; without any
 factored side this is the diagonal of RMSprop.  A vector is a matrix of one column, whose L is its
 whole covariance; as that is dear for what it serves, vectors have a limit of their own.
+
+Where an entry of r should be zero, rounding leaves about 1e-7 |G|, and v would be the square of
+that: what the gradient says nothing about would move as fast as the rest.  So in
+every block with a factored side v has a floor, relative to the block's largest v.  With a floor of
+c^2, a change of the gradient by 1e-7 of its size changes the step by about 1e-7 / c.  See
+:func:`floor_under`.
 
 After the first calls L and R take in every second gradient only, which saves products and changes
 little.  H0 is symmetric positive definite for every orthogonal Q and every v >= 0.  It does not
@@ -26,9 +32,10 @@ No function reads a device value on the host; decisions are taken with ``torch.w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +48,9 @@ FIRST_CALLS = 10
 FIRST_ITERATIONS = 10
 #: Multiple of the mean eigenvalue that is added to L and R before their eigenbases are sought.
 DAMPING = 1e-3
+#: Roots of the floor under v: the part that stays, in units of the state's rounding error, and the
+#: part that is forgotten as v forgets.
+NOISE_FLOOR, FIRST_FLOOR = 1e3, 3e-3
 #: Entries of the factors that are refreshed at a time; bounds the float64 scratch memory.
 CHUNK = 2**24
 
@@ -57,6 +67,22 @@ def schedule(calls: int, interval: int) -> tuple[bool, int]:
     """
     taken = calls <= FIRST_CALLS or calls % 2 == 0
     return taken, FIRST_ITERATIONS if calls == 1 else int(calls % interval == 0)
+
+
+def floor_under(accepted: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
+    """The floor under v, as a share of the largest v.
+
+    A part stays: a thousand times the rounding error, squared.  At first there is more, as one
+    square says little about an average; a problem solved to high precision in float64 ends up with
+    v that differ by many orders of magnitude, so that part fades.
+
+    Args:
+        accepted: 0-d; steps before this one.
+        decay: of v.
+        dtype: of the state.
+    """
+    noise = NOISE_FLOOR * torch.finfo(dtype).eps
+    return noise**2 + FIRST_FLOOR**2 * decay ** accepted.double()
 
 
 # --------------------------------------------------------------------------- layout
@@ -77,6 +103,11 @@ class Bucket:
     shape: tuple[int, int, int]
     left: slice | None
     right: slice | None
+
+    @property
+    def factored(self) -> bool:
+        """Whether any side has a factor."""
+        return self.left is not None or self.right is not None
 
     def sides(self, stacks: dict[int, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The left and right part, (n, a, ...) and (n, b, ...), of stacks by side length."""
@@ -385,7 +416,7 @@ class Kronecker:
 
     # ------------------------------------------------------------------ updates
 
-    def accumulate(
+    def accumulated(
         self,
         grads: Sequence[Tensor | None],
         scale: Tensor,
@@ -393,26 +424,73 @@ class Kronecker:
         decay: float,
         refresh: int,
         taken: bool = True,
-    ) -> None:
-        """Take in a gradient: L and R, then the bases, then v.
+    ) -> Kronecker:
+        """The matrix that has taken in a gradient: L and R, then the bases, then v.
+
+        Buffers that do not change are shared with this one, which stays as it is: see :meth:`take`.
 
         Args:
-            grads: a gradient per parameter, in any floating dtype; ``None`` counts as zero.
+            grads: a gradient per parameter, in any floating dtype; where it is ``None``, what
+                belongs to the parameter keeps every bit.
             scale: 0-d; what the gradient is multiplied with.
             accepted: 0-d bool; where it is false, every buffer keeps every bit.
             decay: of v.
             refresh: subspace iterations of the bases; 0 leaves them as they are.
             taken: whether L and R take it in, too.
         """
+        moving, sides = self._moving(grads, accepted)
         stacks = self._stacks(self._gradient(grads, scale))
+        new, v = copy.copy(self), self.accumulator
         if taken:
-            self._accumulate_factors(stacks, accepted)
-        v = self._refresh(refresh, accepted) if refresh else self.accumulator
-        r = self._rotated(stacks)
+            new.factors = self._with_gradient(stacks, sides)
+        if refresh:
+            new.bases, v = new._refreshed(refresh, sides)
+        r = new._rotated(stacks)
         v = (decay * v).addcmul_(r, r, value=1 - decay)
-        torch.where(accepted, v, self.accumulator, out=self.accumulator)
+        old = self._stacks(self.accumulator)
+        parts = zip(moving, self._stacks(v), old, strict=True)
+        new.accumulator = joined([torch.where(m, v, o).reshape(-1) for m, v, o in parts])
+        return new
 
-    def _accumulate_factors(self, stacks: list[Tensor], accepted: Tensor) -> None:
+    def accumulate(self, *args: Any, **kwargs: Any) -> None:
+        """Take in a gradient; arguments as in :meth:`accumulated`."""
+        self.take(self.accumulated(*args, **kwargs))
+
+    def take(self, other: Kronecker) -> None:
+        """Copy the buffers of ``other`` into this one's."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            if theirs is not mine:
+                mine.copy_(theirs)
+
+    def _moving(
+        self, grads: Sequence[Tensor | None], accepted: Tensor
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Which blocks of every bucket, and which factors of every side, change.
+
+        Those of parameters that have a gradient, if the step is accepted; to be broadcast over
+        (n, a, b) and (n, side, side).
+        """
+        if all(g is not None for g in grads):
+            return [accepted] * len(self.plan.buckets), dict.fromkeys(self.factors, accepted)
+        still = torch.zeros_like(accepted)
+        blocks: list[Tensor] = []
+        sides: dict[int, list[Tensor]] = {side: [] for side in self.factors}
+        for bucket in self.plan.buckets:
+            mask = torch.cat(
+                [
+                    (still if grads[i] is None else accepted).expand(
+                        self.plan.counts[i] if bucket.factored else self.plan.shapes[i].numel()
+                    )
+                    for i in bucket.members
+                ]
+            )
+            blocks.append(mask[:, None, None] if bucket.factored else mask[None, :, None])
+            for side, place in zip(bucket.shape[1:], (bucket.left, bucket.right), strict=True):
+                if place is not None:  # in the order in which the plan reserved their places
+                    sides[side].append(blocks[-1])
+        return blocks, {side: torch.cat(masks) for side, masks in sides.items()}
+
+    def _with_gradient(self, stacks: list[Tensor], moving: dict[int, Tensor]) -> dict[int, Tensor]:
         """L = .95 L + .05 G G^T,  R = .95 R + .05 G^T G."""
         factors = {side: FACTOR_DECAY * stack for side, stack in self.factors.items()}
         for g, (left, right) in zip(stacks, self._sides(factors), strict=True):
@@ -420,27 +498,35 @@ class Kronecker:
                 left.baddbmm_(g, g.mT, alpha=1 - FACTOR_DECAY)
             if right is not None:
                 right.baddbmm_(g.mT, g, alpha=1 - FACTOR_DECAY)
-        for side, stack in self.factors.items():
-            torch.where(accepted, factors[side], stack, out=stack)
+        return {
+            side: torch.where(moving[side], factors[side], stack)
+            for side, stack in self.factors.items()
+        }
 
-    def _refresh(self, iterations: int, accepted: Tensor) -> Tensor:
-        """Turn the bases towards the eigenvectors; v in the order of their columns."""
-        places = {}
+    def _refreshed(
+        self, iterations: int, moving: dict[int, Tensor]
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """The bases, turned towards the eigenvectors, and v in the order of their columns."""
+        bases, places = {}, {}
         for side, stack in self.factors.items():
             chunk = max(CHUNK // side**2, 1)
             parts = zip(stack.split(chunk), self.bases[side].split(chunk), strict=True)
-            orders = []
-            for factor, basis in parts:
-                turned, order = refreshed(factor, basis, iterations)
-                torch.where(accepted, turned, basis, out=basis)
-                orders.append(order)
+            turned, orders = zip(*(refreshed(*part, iterations) for part in parts), strict=True)
+            bases[side] = torch.where(moving[side], joined(turned), self.bases[side])
             places[side] = joined(orders)
         pairs = zip(self._stacks(self.accumulator), self._sides(places), strict=True)
-        return joined([permuted(v, *sides).reshape(-1) for v, sides in pairs])
+        return bases, joined([permuted(v, *sides).reshape(-1) for v, sides in pairs])
 
     # ------------------------------------------------------------------ products
 
-    def apply(self, x: Tensor, correction: Tensor | float, eps: float, out: Tensor) -> None:
+    def apply(
+        self,
+        x: Tensor,
+        correction: Tensor | float,
+        eps: float,
+        out: Tensor,
+        floor: Tensor | float = 0.0,
+    ) -> None:
         """out = H0 x.
 
         Args:
@@ -448,22 +534,28 @@ class Kronecker:
             correction: factor of v, such as 1 / (1 - decay^t).
             eps: added to v inside the square root.
             out: (d,), may be ``x``.
+            floor: share of the largest v that is added to each, as of :func:`floor_under`.
         """
-        self._product(torch.div, x, correction, eps, out)
+        self._product(torch.div, x, self._root(correction, eps, floor), out)
 
-    def apply_inverse(self, x: Tensor, correction: Tensor | float, eps: float, out: Tensor) -> None:
+    def apply_inverse(
+        self,
+        x: Tensor,
+        correction: Tensor | float,
+        eps: float,
+        out: Tensor,
+        floor: Tensor | float = 0.0,
+    ) -> None:
         """out = B0 x with B0 = H0^-1; arguments as in :meth:`apply`."""
-        self._product(torch.mul, x, correction, eps, out)
+        self._product(torch.mul, x, self._root(correction, eps, floor), out)
 
     def _product(
         self,
         scaled: Callable[[Tensor, Tensor], Tensor],
         x: Tensor,
-        correction: Tensor | float,
-        eps: float,
+        root: Tensor,
         out: Tensor,
     ) -> None:
-        root = (correction * self.accumulator).add_(eps).sqrt_()
         rotated = self._stacks(scaled(self._rotated(self._gather(x)), root))
         products = [
             sandwich(left, r, transposed(right))
@@ -471,7 +563,20 @@ class Kronecker:
         ]
         self._scatter(products, out)
 
+    def _root(self, correction: Tensor | float, eps: float, floor: Tensor | float) -> Tensor:
+        """sqrt(correction (v + floor max v) + eps), bucket after bucket."""
+        v = correction * self.accumulator
+        for bucket, part in zip(self.plan.buckets, self._stacks(v), strict=True):
+            if bucket.factored:
+                part.add_(floor * part.amax((1, 2), keepdim=True))
+        return v.add_(eps).sqrt_()
 
-def joined(tensors: list[Tensor]) -> Tensor:
+    def mean_square(self, correction: Tensor | float) -> Tensor:
+        """The average of |g|^2, which no rotation changes; in float64."""
+        return correction * self.accumulator.sum(dtype=torch.float64)
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
     """Concatenation along the first dimension; without a copy if there is but one."""
+    tensors = list(tensors)
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

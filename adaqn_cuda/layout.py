@@ -73,6 +73,11 @@ def projections_size(history_size: int) -> int:
     return pair_slots(history_size) + len(Flag)
 
 
+def largest_norm(dtype: torch.dtype) -> float:
+    """Norm to which a gradient is clipped in any case, so that sums of its squares stay finite."""
+    return 2.0**510 if dtype == torch.float64 else 2.0**62
+
+
 def state_dtype(params: list[Tensor]) -> torch.dtype:
     """Dtype of vectors in the state and of arithmetic on them: at least float32."""
     return reduce(torch.promote_types, {p.dtype for p in params}, torch.float32)

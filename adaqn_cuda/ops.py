@@ -41,9 +41,10 @@ SCHEMAS = {
     ),
     "direction_pass3": (
         "(Tensor(a!)[] params, Tensor?[] grads, Tensor s_ring, Tensor gram, Tensor projections, "
-        "Tensor images, Tensor(b!) direction, float beta, float max_direction, int[] group_sizes, float[] lr, "
-        "float[] weight_decay, Tensor? lr_tensor, Tensor? weight_decay_tensor, int fisher_size, "
-        "Tensor(c!)? iterate_sum, Tensor(d!) moments, Tensor(e!) counters) -> ()"
+        "Tensor images, Tensor(b!) direction, float beta, float max_direction, "
+        "int[] group_sizes, float[] lr, float[] weight_decay, Tensor? lr_tensor, "
+        "Tensor? weight_decay_tensor, int fisher_size, Tensor(c!)? iterate_sum, "
+        "Tensor(d!) moments, Tensor(e!) counters) -> ()"
     ),
     "diagonal_step": (
         "(Tensor(a!)[] params, Tensor?[] grads, Tensor? grad_scale, Tensor? found_inf, "

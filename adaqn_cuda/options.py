@@ -163,6 +163,47 @@ def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
         )
 
 
+#: Options that give the state its shape.
+STRUCTURAL = (
+    "history_size", "fisher_size", "init", "curvature", "max_factor_dim", "max_vector_dim",
+    "history_dtype", "fisher_dtype",
+)  # fmt: skip
+_LIVE = tuple(name for name in CHECKS if name not in PER_GROUP)
+
+
+class LiveOptions:
+    """Options in the groups, which schedulers and users change while the optimizer runs."""
+
+    def __init__(self) -> None:
+        self._seen: list[list[Any]] | None = None
+        self._fixed: dict[str, Any] = {}
+
+    def fix(self, common: dict[str, Any]) -> None:
+        """From now on, the state has the shape that these options give it."""
+        self._fixed = {name: common[name] for name in STRUCTURAL}
+
+    def check(self, groups: list[dict[str, Any]], allocated: bool) -> None:
+        """Raise unless the options are in range, and fit each other and, if there is, the state.
+
+        Only what differs from the last check is looked at again.
+        """
+        for group in groups:
+            for name in PER_GROUP:
+                if not isinstance(group[name], Tensor):  # those may be on a device
+                    CHECKS[name](name, group[name])
+        found = [[group.get(name) for name in _LIVE] for group in groups]
+        if found != self._seen:
+            for options in found:
+                validate_group(dict(zip(_LIVE, options, strict=True)), groups[0])
+        for name, value in self._fixed.items() if allocated else ():
+            if groups[0][name] != value:
+                raise RuntimeError(
+                    f"{name}: was {value!r} when the state was made, and is {groups[0][name]!r} "
+                    "now, which takes another state; set it back, or make a new optimizer"
+                )
+        self._seen = found
+
+
 def check_callable(name: str, value: Any, history_size: int) -> None:
     """Check what is called at pair updates, of which there are none without a history."""
     if value is None:

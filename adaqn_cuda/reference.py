@@ -145,13 +145,47 @@ def old_and_new(counters: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def look_ahead_from_new(
-    g: Tensor, momentum: Tensor | None, counters: Tensor, beta: float
+    g: Tensor, momentum: Tensor | None, counters: Tensor, beta: float, here: Tensor | bool
 ) -> Tensor:
-    """q of :func:`look_ahead`, where ``momentum`` has g in it already."""
+    """q of :func:`look_ahead`, where ``momentum`` has g in it already; zero if not ``here``."""
     if momentum is None:
         return g
     ahead, now = look_ahead(counters, beta)
-    return ahead * momentum + now * g
+    q = ahead * momentum + now * g
+    return q if here is True else torch.where(here, q, 0.0)
+
+
+#: Multiple of the root of the average |g|^2 beyond which a gradient is an outlier.
+OUTLIER = 1e3
+
+
+def surplus(projections: Tensor, mean_square: Tensor) -> Tensor:
+    """max(1, |g| / (OUTLIER sqrt(mean_square))); 1 while there is no average.
+
+    In an eigenbasis one large entry enters v everywhere, and would hold up all of a block for as
+    long as v remembers it.
+    """
+    norm, limit = projections[Flag.SQUARE].sqrt(), OUTLIER * mean_square.sqrt()
+    return torch.where((limit > 0) & (norm > limit), norm / limit, 1.0)
+
+
+def divide_gradient(
+    projections: Tensor,
+    moments: Tensor,
+    counters: Tensor,
+    beta: float,
+    max_grad_norm: float,
+    divisor: Tensor,
+) -> None:
+    """Make of the outcome of pass 1 what it is for the gradient divided by ``divisor``."""
+    slots = len(moments)
+    clip = clip_factor(projections, max_grad_norm)
+    projections[Flag.SQUARE] /= divisor * divisor
+    factor = clip_factor(projections, max_grad_norm) / (divisor * clip)
+    of_m, _ = old_and_new(counters, beta)
+    of_momentum = of_m * moments
+    divided = of_momentum + factor * (projections[:slots] - of_momentum)
+    projections[:slots] = torch.where(divisor > 1, divided, projections[:slots])
 
 
 def bias_correction(counters: Tensor, keep: float, enabled: bool, pending: int = 1) -> Tensor:
@@ -749,8 +783,7 @@ def curvature_commit(
     if momentum is not None:
         momentum.copy_(torch.where(reset, 0.0, momentum))
     products, s_m = column[:-1].clone(), column[-1:]
-    least = column.index_select(0, free)[0] / (max_growth * scalar_initial_matrix(gram, counters))
-    products[-1] = torch.where(counters[Counter.PAIRS] > 0, products[-1].maximum(least), products[-1])
+    products[-1] = kept_square(column, free, gram, max_growth, counters)
     kept = gram.index_select(1, free)[:, 0]
     gram.index_copy_(1, free, torch.where(store, products, kept)[:, None])
     moments.index_copy_(0, free, torch.where(store, s_m, moments.index_select(0, free)))
@@ -758,6 +791,15 @@ def curvature_commit(
     if monitored_loss is not None:
         losses[Loss.MONITORED] = torch.where(active, f_n, losses[Loss.MONITORED])
     count_pair_update(counters, slots, active, reset, store, skip)
+
+
+def kept_square(
+    column: Tensor, free: Tensor, gram: Tensor, max_growth: float, counters: Tensor
+) -> Tensor:
+    """y.y, or the least that keeps s.y / y.y within ``max_growth`` times the newest pair's."""
+    square = column[-2]
+    least = column.index_select(0, free)[0] / (max_growth * scalar_initial_matrix(gram, counters))
+    return torch.where(counters[Counter.PAIRS] > 0, square.maximum(least), square)
 
 
 def count_pair_update(

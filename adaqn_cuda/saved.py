@@ -1,0 +1,44 @@
+"""State dicts as they come: from other optimizers, from older versions, damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .options import CHECKS
+
+#: Options by which a group of AdaQN is known; older versions had them, others have none of them.
+_OWN = ("history_size", "update_interval", "init", "fisher_size")
+#: What all optimizers' groups hold.
+_COMMON = ("params", "lr", "weight_decay", "maximize", "foreach", "capturable", "differentiable")
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Raise ``ValueError`` unless an AdaQN saved this."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            f"state_dict: expected a dict with 'state' and 'param_groups', got {found}; pass what "
+            "AdaQN.state_dict() returned"
+        )
+    for index, group in enumerate(state_dict["param_groups"]):
+        if "params" not in group:
+            raise ValueError(
+                f"state_dict: group {index} has no 'params'; pass what AdaQN.state_dict() returned"
+            )
+        foreign = sorted(name for name in group if name not in CHECKS and name not in _COMMON)
+        if not any(name in group for name in _OWN):
+            raise ValueError(
+                f"state_dict: group {index} was saved by another optimizer, with options "
+                f"{', '.join(foreign) or 'of none'}; expected those of AdaQN, such as "
+                f"{', '.join(_OWN)}. State of other optimizers cannot be continued: start anew"
+            )
+
+
+def with_defaults(state_dict: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the options that its groups lack."""
+    groups = [
+        {**defaults, "blocks": [1] * len(group["params"]), **group}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}

@@ -1,0 +1,387 @@
+"""One call of the schedule: which operations make a step and a pair update, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arena import Buffers
+from .curvature import (
+    Product,
+    average_gradient,
+    closure_difference,
+    given_product,
+    move_anchor_gradient,
+    pending_displacement,
+    sum_gradients,
+)
+from .interrupts import Hold
+from .kronecker import Kronecker, floor_under, schedule
+from .layout import Counter, largest_norm
+from .options import PER_GROUP
+
+Monitor = Callable[[], "Tensor | float"]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Functions of the user's that are called at pair updates."""
+
+    monitor: Monitor | None
+    curvature_closure: Callable[[], Tensor] | None
+    curvature_product: Product | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call takes from the parameter groups and from :class:`torch.amp.GradScaler`.
+
+    Args:
+        common: options of the whole optimizer.
+        rates: sizes of the groups, then per group ``lr`` and ``weight_decay`` by value, then both
+            as tensors, where one is a tensor.
+        grad_scale: what the gradients have been multiplied with.
+        found_inf: whether they overflowed.
+    """
+
+    common: Mapping[str, Any]
+    rates: tuple[Any, ...]
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        groups: list[dict[str, Any]],
+        device: torch.device,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Settings:
+        values, tensors = [], []
+        for name in PER_GROUP:
+            options = [group[name] for group in groups]
+            if any(isinstance(option, Tensor) for option in options):
+                values.append([0.0] * len(options))
+                tensors.append(torch.stack([on_device(option, device) for option in options]))
+            else:
+                values.append([float(option) for option in options])
+                tensors.append(None)
+        sizes = [len(group["params"]) for group in groups]
+        return cls(groups[0], (sizes, *values, *tensors), grad_scale, found_inf)
+
+    def max_grad_norm(self, dtype: torch.dtype) -> float:
+        """Beyond this norm gradients are clipped: their squares must stay finite."""
+        return min(self.common["max_grad_norm"], largest_norm(dtype))
+
+    def diagonal(self) -> tuple[float, float, float, bool]:
+        """Weights of the old v and of g^2 in the new one, eps, and whether bias is corrected."""
+        common, decay = self.common, self.common["decay"]
+        weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
+        return *weights, common["eps"], common["bias_correction"]
+
+    def max_growth(self) -> float:
+        """Bound on the growth of the scalar initial matrix from pair to pair.
+
+        As y of the Fisher product vanishes with the gradient, s.y / y.y grows without bound where
+        a method converges.  Up to e-fold growth of an error between two pair updates is what a step
+        can cause whose length was right at the pair before.  Damped pairs are bounded in the same
+        way, undamped ones not at all.
+        """
+        damped = self.common["damping"] > 0
+        return 1 + 0.5 / self.common["update_interval"] if damped else inf
+
+
+@dataclass
+class Call:
+    """One call of the schedule.
+
+    Args:
+        op: namespace with the operations.
+        owners: the parameters as the user has them.
+        params: the same, complex ones as real views.
+        grads: their gradients likewise; ``None`` where there is none.
+        a: the state.
+        settings: of this call.
+        hooks: functions of the user's.
+        number: of the call, from 1 on.
+        halfway: whether something that lasts has been written, and something is still to be.
+    """
+
+    op: Any
+    owners: list[Tensor]
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    a: Buffers
+    settings: Settings
+    hooks: Hooks
+    number: int
+    halfway: bool = False
+
+    def __post_init__(self) -> None:
+        self.common = self.settings.common
+        self.grad_scale = self.settings.grad_scale
+        self.has_pairs = len(self.a.s_ring) > 0
+        self.due = self.has_pairs and self.number % self.common["update_interval"] == 0
+
+    @property
+    def has_products(self) -> bool:
+        """Whether torch multiplies matrices, whatever the backend."""
+        return self.has_pairs or self.a.kronecker is not None
+
+    def run(self, hold: Hold, finish: Callable[[], None]) -> None:
+        """Step, update the pairs if it is time, then ``finish``."""
+        moments = before = self.a.moments
+        if self._some_moments_stand():
+            momentum = self.a.momentum
+            moments = reference.moving_moments(
+                self.params, self.grads, self.a.s_ring, momentum, before
+            )
+            before = moments.clone()
+        loss, y = self._move(hold, moments)
+        self.halfway = True
+        if moments is not before:
+            self.a.moments.add_(moments - before)
+        if self.due:
+            self._update_pairs(loss, y)
+        finish()
+        self.halfway = False
+
+    def _some_moments_stand(self) -> bool:
+        """Whether s_i.m has a part that this step must not change."""
+        standing = any(g is None for g in self.grads)
+        return standing and self.has_pairs and self.a.momentum is not None
+
+    # ------------------------------------------------------------------ the step
+
+    def _move(self, hold: Hold, moments: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The step.
+
+        Returns:
+            The monitored loss and y, both at the averaged iterate, if it is time for them.
+        """
+        observed = self.due and not is_hookless(self.hooks, self.common)
+        if not self.has_products:
+            self._move_along_diagonal()
+        elif self.a.kronecker is None and not observed and self.a.gradient_sum is None:
+            self._move_at_once(moments)
+        else:
+            return self._move_in_passes(hold, moments, observed)
+        return None, None
+
+    def _gradient_options(self) -> tuple[Any, ...]:
+        """maximize, the largest norm, and the decay of the momentum."""
+        limit = self.settings.max_grad_norm(self.a.dtype)
+        return self.common["maximize"], limit, self.common["momentum"]
+
+    def _cap(self) -> float:
+        """Without pairs p = H0 q, which needs no cap."""
+        return self.common["max_direction"] if self.has_pairs else inf
+
+    def _move_along_diagonal(self) -> None:
+        a, settings = self.a, self.settings
+        self.op.diagonal_step(
+            self.params, self.grads, self.grad_scale, settings.found_inf,
+            *self._gradient_options(), *settings.diagonal(), *settings.rates, a.momentum,
+            a.accumulator, a.projections, a.counters,
+        )  # fmt: skip
+
+    def _move_at_once(self, moments: Tensor) -> None:
+        a, settings = self.a, self.settings
+        self.op.direction_step(
+            self.params, self.grads, a.s_ring, a.y_ring, a.gram, self.grad_scale,
+            settings.found_inf, *self._gradient_options(), *settings.diagonal(), self._cap(),
+            *settings.rates, a.momentum, a.accumulator, a.fisher, a.iterate_sum, a.direction,
+            moments, a.projections, a.images, a.counters,
+        )  # fmt: skip
+
+    def _move_in_passes(
+        self, hold: Hold, moments: Tensor, observed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The three passes; nothing that lasts is written before all that may fail is done."""
+        op, a, settings = self.op, self.a, self.settings
+        params, grads, kronecker = self.params, self.grads, a.kronecker
+        maximize, limit, beta = self._gradient_options()
+        op.direction_pass1(
+            params, grads, a.s_ring, a.counters, self.grad_scale, settings.found_inf, maximize,
+            limit, beta, moments, a.projections,
+        )  # fmt: skip
+        if kronecker is not None:
+            self._shorten_outlier(moments)
+        loss, y = self._observe(hold) if observed else (None, None)
+        new = None if kronecker is None else self._accumulated(kronecker)
+        op.direction_pass2(
+            params, grads, a.y_ring, a.gram, a.counters, a.projections, self.grad_scale, maximize,
+            limit, beta, *settings.diagonal(), kronecker is not None, a.momentum, a.accumulator,
+            a.fisher, a.direction, a.images,
+        )  # fmt: skip
+        self.halfway = True
+        if a.gradient_sum is not None:
+            sum_gradients(params, grads, self.grad_scale, maximize, a)
+        if kronecker is not None:
+            kronecker.take(new)
+            self._precondition(kronecker)
+        op.direction_pass3(
+            params, grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta,
+            self._cap(), *settings.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
+            a.counters,
+        )  # fmt: skip
+        return loss, y
+
+    # ------------------------------------------------------------------ the Kronecker matrix
+
+    def _correction(self, pending: int) -> Tensor:
+        keep, _, _, correct = self.settings.diagonal()
+        return reference.bias_correction(self.a.counters, keep, correct, pending)
+
+    def _spectrum(self, pending: int) -> dict[str, Any]:
+        """What is made of v, before a step is counted or after; see :meth:`Kronecker.apply`."""
+        accepted = (self.a.counters[Counter.ACCEPTED] + pending - 1).clamp(min=0)
+        floor = floor_under(accepted, self.common["decay"], self.a.dtype)
+        return {
+            "correction": self._correction(pending).to(self.a.dtype),
+            "eps": self.common["eps"],
+            "floor": floor.to(self.a.dtype),
+        }
+
+    def _shorten_outlier(self, moments: Tensor) -> None:
+        """Go on as if the gradients had been given divided by what makes them an outlier."""
+        a, (_, limit, beta) = self.a, self._gradient_options()
+        mean_square = a.kronecker.mean_square(self._correction(pending=0))
+        surplus = reference.surplus(a.projections, mean_square)
+        reference.divide_gradient(a.projections, moments, a.counters, beta, limit, surplus)
+        surplus = surplus.float()
+        self.grad_scale = surplus if self.grad_scale is None else surplus * self.grad_scale
+
+    def _gradient_factor(self) -> Tensor:
+        maximize, limit, _ = self._gradient_options()
+        factor = reference.gradient_factor(self.a.projections, self.grad_scale, maximize, limit)
+        return factor.to(self.a.dtype)
+
+    def _accumulated(self, kronecker: Kronecker) -> Kronecker:
+        """The matrix with the gradient in it."""
+        taken, refresh = schedule(self.number, self.common["factor_interval"])
+        accepted = reference.step_is_accepted(self.a.projections, self.a.counters)
+        return kronecker.accumulated(
+            self.grads, self._gradient_factor(), accepted, self.common["decay"], refresh, taken
+        )
+
+    def _precondition(self, kronecker: Kronecker) -> None:
+        """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
+        a = self.a
+        spectrum = self._spectrum(pending=1)
+        kronecker.apply(a.direction, **spectrum, out=a.direction)
+        if not self.has_pairs:
+            return
+        self.op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
+        if self.common["max_direction"] < inf:
+            g = self._gradient_factor() * reference.gradient_vector(
+                self.params, self.grads, a.dtype, None, False
+            )
+            here = reference.presence(self.params, self.grads)
+            q = reference.look_ahead_from_new(
+                g, a.momentum, a.counters, self.common["momentum"], here
+            )
+            kronecker.apply(q, **spectrum, out=q)
+            a.images[-1] = q.double().square().sum()
+
+    # ------------------------------------------------------------------ at the averaged iterate
+
+    def _observe(self, hold: Hold) -> tuple[Tensor | None, Tensor | None]:
+        """The monitored loss and y at the averaged iterate; the parameters are as before then."""
+        a, saved = self.a, self.a.direction
+        saved.copy_(reference.flatten(self.params, saved.dtype))
+        try:
+            self.op.iterate_swap(self.params, a.iterate_sum, a.projections, a.counters, saved)
+            with hold.lifted():
+                loss = None if self.hooks.monitor is None else self._monitored_loss()
+                y = self._evaluate_curvature()
+        finally:
+            self._restore(saved)
+        return loss, -y if y is not None and self.common["maximize"] else y
+
+    def _restore(self, saved: Tensor) -> None:
+        """Whatever arrives meanwhile, the parameters do not stay at the average."""
+        try:
+            self.op.iterate_restore(self.params, saved)
+        except BaseException:
+            self.op.iterate_restore(self.params, saved)
+            raise
+
+    def _monitored_loss(self) -> Tensor:
+        loss = self.hooks.monitor()
+        scalar = isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex()
+        if not scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
+            raise TypeError(
+                f"monitor: expected a float or a one-element real tensor, got {loss!r}; return the "
+                "mean loss on the monitoring batch"
+            )
+        return on_device(loss, self.a.direction.device)
+
+    def _evaluate_curvature(self) -> Tensor | None:
+        """y by the user's functions, with the parameters at the averaged iterate."""
+        if self.common["curvature"] == "product":
+            s = pending_displacement(self.params, self.a)
+            return given_product(self.owners, self.hooks.curvature_product, s)
+        if self.common["curvature"] == "difference":
+            closure = self.hooks.curvature_closure
+            return closure_difference(self.owners, closure, self.params, self.a)
+        return None
+
+    # ------------------------------------------------------------------ the pair update
+
+    def _update_pairs(self, loss: Tensor | None, y: Tensor | None) -> None:
+        op, a, common = self.op, self.a, self.common
+        if a.gradient_sum is not None:
+            average, before = average_gradient(a), a.counters.clone()
+            y = average - a.anchor_gradient
+        if y is not None:
+            accepted = reference.step_is_accepted(a.projections, a.counters)
+            a.fisher[0].copy_(torch.where(accepted, y.to(a.fisher.dtype), a.fisher[0]))
+        image = self._initial_product() if common["damping"] > 0 else None
+        op.curvature_pass_a(
+            a.fisher, a.iterate_sum, a.anchor, a.counters, y is not None, common["damping"], image,
+            a.weights,
+        )  # fmt: skip
+        op.curvature_pass_b(
+            a.fisher, a.iterate_sum, a.anchor, a.counters, a.projections, a.weights, image,
+            a.momentum, a.s_ring, a.y_ring, a.column,
+        )  # fmt: skip
+        op.curvature_commit(
+            self.params, a.column, a.projections, loss, common["min_curvature"],
+            common["max_increase"], self.settings.max_growth(), a.gram, a.moments, a.losses,
+            a.anchor, a.iterate_sum, a.momentum, a.counters,
+        )  # fmt: skip
+        if a.gradient_sum is not None:
+            move_anchor_gradient(a, average, before)
+
+    def _initial_product(self) -> Tensor:
+        """B0 s of the candidate, in the scratch that a step has done with."""
+        a, image, (keep, _, eps, correct) = self.a, self.a.direction, self.settings.diagonal()
+        if a.kronecker is None:
+            reference.initial_product(
+                a.iterate_sum, a.anchor, a.gram, a.counters, keep, eps, correct, a.accumulator,
+                image,
+            )  # fmt: skip
+        else:
+            s = reference.displacement(a.iterate_sum, a.anchor, a.counters)
+            a.kronecker.apply_inverse(s, **self._spectrum(pending=0), out=image)
+        return image
+
+
+def is_hookless(hooks: Hooks, common: Mapping[str, Any]) -> bool:
+    """Whether no function of the user's is called in a step."""
+    return hooks.monitor is None and common["curvature"] in ("fisher", "gradients")
+
+
+def on_device(number: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-d float64 tensor beside the state; the host does not wait for it."""
+    if isinstance(number, Tensor):
+        return number.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+    return torch.full((), number, dtype=torch.float64, device=device)

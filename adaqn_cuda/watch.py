@@ -1,0 +1,62 @@
+"""What users may replace behind the optimizer's back, noticed before a step writes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LAYOUT = attrgetter("shape", "dtype", "device")
+
+
+def _layouts(params: list[Tensor]) -> tuple[list[Any], list[Any]]:
+    return list(map(_LAYOUT, params)), list(map(Tensor.stride, params))
+
+
+class Watch:
+    """How parameters and their state looked when they were filed.
+
+    Tensors are told apart by identity and by the address of their data, which is what
+    ``state[p][key] = ...``, ``tensor.data = ...`` and their like change.
+
+    Args:
+        params: the parameters.
+        entries: the state of each.
+    """
+
+    def __init__(self, params: list[Tensor], entries: list[dict[str, Tensor]]) -> None:
+        self.params = params
+        self._layouts = _layouts(params)
+        self._parts = [part for entry in entries for part in entry.values()]
+        self._addresses = list(map(Tensor.data_ptr, self._parts))
+
+    def sees_change(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
+        """Whether parameters, their layout or their state are others than they were."""
+        return (
+            _differ(params, self.params)
+            or _layouts(params) != self._layouts
+            or self._sees_other_state(state)
+        )
+
+    def _sees_other_state(self, state: Mapping[Tensor, Any]) -> bool:
+        parts = [part for p in self.params for part in state.get(p, {}).values()]
+        return _differ(parts, self._parts) or list(map(Tensor.data_ptr, parts)) != self._addresses
+
+
+def _differ(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two lists hold other objects."""
+    return len(ours) != len(theirs) or any(map(is_not, ours, theirs))
+
+
+def check_memory(params: list[Tensor]) -> None:
+    """Raise ``RuntimeError`` for a parameter several elements of which share one place."""
+    for index, p in enumerate(params):
+        if torch._debug_has_internal_overlap(p) == 1:
+            raise RuntimeError(
+                f"params: several elements of parameter {index}, of shape {tuple(p.shape)} and "
+                f"strides {p.stride()}, share one place in memory, so that no step can be written "
+                "to it; clone() what has been expanded"
+            )
