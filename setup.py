@@ -227,7 +227,7 @@ class Build(cpp_extension.BuildExtension):
     def build_with_cuda_or_without(self) -> None:
         home = cuda_home()
         if os.environ.get("ADAQN_CUDA") == "0":
-            without = "ADAQN_CUDA=0 left it out"
+            without = "ADAQN_CUDA=0 was set"
         elif home is None:
             without = "there was no nvcc"
         else:

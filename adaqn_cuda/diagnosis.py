@@ -61,8 +61,10 @@ def _library_lines() -> list[str]:
     if path is None:  # the devices' lines say why
         return []
     built = native.read_record(path)
-    cuda = f"for {' '.join(built.images)}" if built.images else f"left out: {built.without_cuda}"
-    return [f"  library  {path}", f"           CUDA kernels {cuda}"]
+    cuda = f"CUDA kernels for {' '.join(built.images)}"
+    if not built.images:
+        cuda = f"no CUDA kernels: {built.without_cuda}"
+    return [f"  library  {path}", f"           {cuda}"]
 
 
 def _package_line(name: str, use: str) -> str:

@@ -5,15 +5,18 @@ The native sources are stand-ins, so that a build takes seconds; compilers are s
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from adaqn_cuda.native import BUILD_FAILURE, Record, read_record, sources_digest
 
@@ -70,30 +73,42 @@ def toolkit(folder: Path, version="13.0", known="sm_75 sm_80 sm_90 sm_100 sm_120
     return {"CUDA_HOME": str(folder), "ADAQN_CUDA": "1"}
 
 
+#: A process that has imported torch once forks for every build.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["setuptools", "torch.utils.cpp_extension"])
+
+
 def run_setup(tree: Path, *arguments: str, torch_cuda: str | None = None, **environment: str):
-    """``setup.py`` in a fresh process, with a torch of a CUDA version if one is named."""
+    """``setup.py`` in a process of its own, with a torch of a CUDA version if one is named."""
     ours = ("ADAQN_", "TORCH_CUDA", "CUDA_HOME", "CXX", "CC")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    setup = (
-        "import runpy, sys, torch\n"
-        f"torch.version.cuda = {torch_cuda!r}\n"
-        f"sys.argv = ['setup.py', *{arguments!r}]\n"
-        "runpy.run_path('setup.py', run_name='__main__')"
+    environment = {**inherited, "MAX_JOBS": "1", "ADAQN_CUDA": "0", **environment}
+    log = tree.parent / "log"
+    process = SERVER.Process(
+        target=setup_process, args=(tree, arguments, torch_cuda, environment, log)
     )
-    return subprocess.run(
-        [sys.executable, "-c", setup],
-        cwd=tree,
-        env={**inherited, "MAX_JOBS": "1", "ADAQN_CUDA": "0", **environment},
-        capture_output=True,
-        text=True,
-    )
+    process.start()
+    process.join()
+    return SimpleNamespace(returncode=process.exitcode, output=log.read_text())
+
+
+def setup_process(tree, arguments, torch_cuda, environment, log) -> None:
+    with log.open("w") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    os.chdir(tree)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.version.cuda = torch_cuda
+    sys.argv = ["setup.py", *arguments]
+    runpy.run_path("setup.py", run_name="__main__")
 
 
 def build(tree: Path, *arguments: str, **options: str) -> str:
     """What a build that succeeds prints."""
     done = run_setup(tree, *(arguments or ("build_ext", "--inplace")), **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.output
+    return done.output
 
 
 def record(tree: Path) -> Record:
@@ -128,7 +143,7 @@ def wheel_names(tree: Path, **environment: str) -> set[str]:
 def test_a_library_tells_what_it_was_built_from(tree):
     build(tree)
     assert record(tree).sources == sources_digest(tree)
-    assert record(tree).without_cuda == "ADAQN_CUDA=0 left it out"
+    assert record(tree).without_cuda == "ADAQN_CUDA=0 was set"
     (tree / "csrc" / "cpu" / "rows.cpp").write_text("static_assert(true);\n\n")
     assert record(tree).sources != sources_digest(tree)
 
@@ -159,7 +174,7 @@ def test_unknown_architectures_may_be_required(tree, tmp_path):
     }
     done = run_setup(tree, "build_ext", "--inplace", ADAQN_REQUIRE_EXT="1", **cuda)
     assert done.returncode != 0
-    assert "sm_100 of TORCH_CUDA_ARCH_LIST" in done.stderr
+    assert "sm_100 of TORCH_CUDA_ARCH_LIST" in done.output
 
 
 # ------------------------------------------------------------------------------ CUDA does not build
@@ -192,7 +207,7 @@ def test_cuda_kernels_may_be_required(tree, tmp_path):
     cuda = toolkit(tmp_path / "cuda", broken="cuda/rows")
     done = run_setup(tree, "build_ext", "--inplace", ADAQN_REQUIRE_EXT="1", **cuda)
     assert done.returncode != 0
-    assert "ADAQN_CUDA=0" in done.stderr
+    assert "ADAQN_CUDA=0" in done.output
     assert not libraries(tree)
     build(tree, **{**cuda, "ADAQN_REQUIRE_EXT": "1", "ADAQN_CUDA": "0"})
     assert libraries(tree)
@@ -236,6 +251,6 @@ def test_a_failed_build_in_place_leaves_nothing(tree, no_compiler, required):
     environment = {**no_compiler, "ADAQN_REQUIRE_EXT": str(int(required))}
     done = run_setup(tree, "build_ext", "--inplace", **environment)
     assert (done.returncode != 0) == required
-    assert required or "without its native kernels" in done.stderr
+    assert required or "without its native kernels" in done.output
     assert files(tree / "adaqn_cuda") == before
     assert not libraries(tree)
