@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import setuptools
 import torch
 
 from adaqn_cuda.native import BUILD_FAILURE, Record, read_record, sources_digest
@@ -101,6 +102,8 @@ def setup_process(tree, arguments, torch_cuda, environment, log) -> None:
     os.environ.update(environment)
     torch.version.cuda = torch_cuda
     sys.argv = ["setup.py", *arguments]
+    # The path of this process is pytest's, without what setuptools brings along.
+    sys.path.append(str(Path(setuptools.__file__).parent / "_vendor"))
     runpy.run_path("setup.py", run_name="__main__")
 
 
