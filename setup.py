@@ -1,12 +1,14 @@
 """Build entry point; the metadata is in pyproject.toml.
 
 Builds ``adaqn_cuda/_native.abi3.so`` from ``csrc/``: CPU kernels, and CUDA kernels where nvcc is,
-whether or not there is a GPU.  Without a C++ compiler, or where the build fails, the package is
-installed without it, and says so when it is used.
+whether or not there is a GPU.  Where the CUDA kernels do not build, the library has those for the
+CPU alone; without a C++ compiler, or where the build fails, the package is installed without it.
+Either is said here and when the package is used.
 
 Environment variables:
 
-* ``ADAQN_REQUIRE_EXT=1``: fail instead of installing without the native library;
+* ``ADAQN_REQUIRE_EXT=1``: fail instead of leaving anything out that should be there: the library,
+  CUDA kernels where nvcc is, an architecture that ``TORCH_CUDA_ARCH_LIST`` names;
 * ``ADAQN_CUDA=0``: leave the CUDA kernels out;
 * ``ADAQN_CXXFLAGS``: further compiler and linker flags;
 * ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``: as for every torch extension.
@@ -14,20 +16,28 @@ Environment variables:
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import re
+import runpy
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent
-FAILURE = ROOT / "adaqn_cuda" / "_build_failure.txt"
+ROOT = Path(__file__).resolve().parent
+NATIVE = runpy.run_path(str(ROOT / "adaqn_cuda" / "native.py"))
 REQUIRED = os.environ.get("ADAQN_REQUIRE_EXT") == "1"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+#: Machine code for 7.5 to 12.1 but for 11, where 8.0 serves 8.6 to 8.9, and PTX for what follows.
+ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
 EXTRA_FLAGS = shlex.split(os.environ.get("ADAQN_CXXFLAGS", ""))
 
 CXX_FLAGS = [
@@ -59,18 +69,86 @@ def sources(*patterns: str) -> list[str]:
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit to build with; ``None`` to build without CUDA."""
-    if os.environ.get("ADAQN_CUDA") == "0" or not sources("csrc/torch/cuda.cpp"):
-        return None
+    """The CUDA toolkit to build with; ``None`` if there is none."""
     nvcc = shutil.which("nvcc")
     found = nvcc and str(Path(nvcc).resolve().parents[1])
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", found]
     return next((home for home in homes if home and (Path(home) / "bin" / "nvcc").exists()), None)
 
 
+def ask_nvcc(nvcc: str, *arguments: str) -> list[str]:
+    """The words that nvcc prints; an error has the line that tells why."""
+    done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    if done.returncode == 0:
+        return done.stdout.split()
+    lines = (done.stderr + done.stdout).strip().splitlines()
+    errors = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    why = [*errors, *lines, f"exit status {done.returncode} of {arguments[0]}"][0]
+    raise RuntimeError(f"{nvcc}: {why}")
+
+
+def check_toolkit(nvcc: str, images: list[str]) -> None:
+    """Fails early, and in a sentence, where every CUDA source would fail."""
+    version = re.search(r"release (\d+)\.\d+", " ".join(ask_nvcc(nvcc, "--version")))
+    torch_version = torch.version.cuda
+    if version and torch_version and version[1] != torch_version.partition(".")[0]:
+        raise RuntimeError(
+            f"{nvcc} is of CUDA {version[0].split()[1]}, and torch of CUDA {torch_version}"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        source, made = str(ROOT / "csrc" / "torch" / "probe.cu"), str(Path(scratch) / "probe.o")
+        ask_nvcc(nvcc, "-c", source, "-o", made, *NVCC_FLAGS, *map(gencode, images))
+
+
+# ------------------------------------------------------------------------------ architectures
+
+
+def requested_images() -> list[str]:
+    """What ``TORCH_CUDA_ARCH_LIST`` asks for, or the default: sm_90, compute_90 and the like."""
+    words = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    os.environ["TORCH_CUDA_ARCH_LIST"] = words
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except (ValueError, IndexError) as error:  # a word that torch does not know; "native" without
+        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={words}: {error}") from error
+    return sorted((flag.rpartition("code=")[2] for flag in flags), key=by_kind_and_number)
+
+
+def by_kind_and_number(image: str) -> tuple[bool, int]:
+    """Machine code comes before PTX."""
+    return image.startswith("compute_"), int(re.sub(r"\D", "", image))
+
+
+def images_of(nvcc: str) -> list[str]:
+    """The requested images that this nvcc can make; PTX of one it cannot is that of the newest."""
+    explicit = bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    requested = requested_images()
+    known = {*ask_nvcc(nvcc, "--list-gpu-code"), *ask_nvcc(nvcc, "--list-gpu-arch")}
+    images = [image for image in requested if image.rstrip("af") in known]
+    unknown = [image for image in requested if image not in images]
+    if not unknown:
+        return requested
+    asked = "TORCH_CUDA_ARCH_LIST" if explicit else "the default architectures"
+    text = f"{nvcc} does not know {' '.join(unknown)} of {asked}"
+    if not images or (explicit and REQUIRED):
+        raise RuntimeError(text)
+    if any(image.startswith("compute_") for image in unknown):
+        images.append("compute_" + images[-1].rpartition("_")[2])
+    announce(f"building adaqn_cuda for {' '.join(images)} alone:", f"{text}.")
+    return images
+
+
+def gencode(image: str) -> str:
+    return f"-gencode=arch=compute_{image.rpartition('_')[2]},code={image}"
+
+
+# ------------------------------------------------------------------------------ the library
+
+
 def native_library() -> Extension:
+    """The library without CUDA kernels and without its record."""
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    extension = Extension(
+    return Extension(
         "adaqn_cuda._native",
         sources("csrc/cpu/*.cpp", "csrc/torch/cpu.cpp"),
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
@@ -79,74 +157,125 @@ def native_library() -> Extension:
             "nvcc": NVCC_FLAGS,
         },
         library_dirs=cpp_extension.library_paths(),
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"],
+        extra_link_args=[
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-Wl,--as-needed",
+            "-ltorch_cpu",
+            *EXTRA_FLAGS,
+        ],
         py_limited_api=True,
     )
-    home = cuda_home()
-    if home is not None:
-        add_cuda(extension, home)
-    extension.extra_link_args += EXTRA_FLAGS
-    return extension
 
 
-def add_cuda(extension: Extension, home: str) -> None:
-    """CUDA kernels and their operations, for a list of architectures that needs no GPU to ask."""
+def add_cuda(extension: Extension, home: str) -> list[str]:
+    """CUDA kernels and their operations; returns the images that they have."""
+    nvcc = f"{home}/bin/nvcc"
+    images = images_of(nvcc)
+    check_toolkit(nvcc, images)
     cpp_extension.CUDA_HOME = home
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     toolkit = [path for path in ("lib64", "lib") if (Path(home) / path).exists()]
-    extension.sources += sources("csrc/cuda/*.cu", "csrc/torch/cuda.cpp")
+    extension.sources += sources("csrc/cuda/*.cu", "csrc/torch/*.cu", "csrc/torch/cuda.cpp")
+    extension.extra_compile_args["nvcc"] += map(gencode, images)
     extension.extra_compile_args["cxx"] += ["-DUSE_CUDA", f"-isystem{home}/include"]
     extension.library_dirs += [str(Path(home) / path) for path in toolkit]
     extension.extra_link_args += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    return images
+
+
+def write_record(folder: Path, images: list[str], without_cuda: str | None) -> str:
+    """A source file with what adaqn_cuda/native.py must know of the library, before it loads it."""
+    digest = NATIVE["sources_digest"](ROOT)
+    record = {"sources": digest, "images": images, "without_cuda": without_cuda}
+    mark = NATIVE["RECORD_MARK"].decode().removesuffix("{")
+    text = (
+        'extern "C" __attribute__((used, visibility("default"))) const char adaqn_build[] =\n'
+        f'    R"record({mark}{json.dumps(record)})record";\n'
+    )
+    path = folder / "adaqn_build.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
 
 
 class Build(cpp_extension.BuildExtension):
-    """Builds the library, or leaves a note in the package that says why it is not there."""
+    """Builds as much of the library as can be built, and says what was left out, and why.
+
+    Nothing of an earlier build stays where the library goes, whatever becomes of this one.
+    """
 
     def run(self) -> None:
-        FAILURE.unlink(missing_ok=True)
+        built = Path(self.build_lib) / "adaqn_cuda"
+        for folder in (built, ROOT / "adaqn_cuda") if self.inplace else (built,):
+            for path in (*folder.glob("_native*.so"), folder / NATIVE["BUILD_FAILURE"].name):
+                path.unlink(missing_ok=True)
+        inplace = self.inplace
         try:
-            super().run()
+            require_compiler()
+            self.build_with_cuda_or_without()
         except Exception as error:
             if REQUIRED:
                 raise
-            hint = " (ADAQN_CUDA=0 builds for the CPU alone)" if cuda_home() else ""
-            note_failure(f"the build failed: {error}{hint}")
-            (Path(self.build_lib) / "adaqn_cuda").mkdir(parents=True, exist_ok=True)
-            if not self.inplace:
-                shutil.copy(FAILURE, Path(self.build_lib) / "adaqn_cuda")
+            reason = one_line(error)
+            announce("installing adaqn_cuda without its native kernels:", f"{reason}.\n{SLOW}")
             self.extensions = []
+            if not inplace:
+                built.mkdir(parents=True, exist_ok=True)
+                (built / NATIVE["BUILD_FAILURE"].name).write_text(reason + "\n")
+
+    def build_with_cuda_or_without(self) -> None:
+        home = cuda_home()
+        if os.environ.get("ADAQN_CUDA") == "0":
+            without = "ADAQN_CUDA=0 was set"
+        elif home is None:
+            without = "there was no nvcc"
+        else:
+            try:
+                return self.build(home, None)
+            except Exception as error:
+                if REQUIRED:
+                    raise RuntimeError(
+                        f"{one_line(error)} (ADAQN_CUDA=0 builds for the CPU alone)"
+                    ) from error
+                without = f"building it with {home}/bin/nvcc failed: {one_line(error)}"
+                announce("trying to build adaqn_cuda without CUDA:", f"{without}.")
+        self.build(None, without)
+
+    def build(self, home: str | None, without_cuda: str | None) -> None:
+        """One attempt, which leaves this command as it was if it fails."""
+        [extension] = self.extensions
+        before = self.compiler, self.inplace, copy.deepcopy(vars(extension))
+        try:
+            images = add_cuda(extension, home) if home is not None else []
+            extension.sources.append(write_record(Path(self.build_temp), images, without_cuda))
+            super().run()
+        except Exception:
+            self.compiler, self.inplace, parts = before
+            vars(extension).update(parts)
+            raise
 
 
-def note_failure(reason: str) -> None:
-    """Warn, and leave the reason for ``python -m adaqn_cuda``."""
-    FAILURE.write_text(" ".join(reason.split()) + "\n")
-    if {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for metadata first, then builds
-        return
-    rule = "*" * 78
-    print(
-        f"{rule}\nWARNING: installing adaqn_cuda without its native kernels:\n{reason}\n"
-        "The optimizer works, but slowly. 'python -m adaqn_cuda' says how to get them.\n"
-        f"{rule}",
-        file=sys.stderr,
-    )
+SLOW = "The optimizer works, but slowly. 'python -m adaqn_cuda' says how to get them."
 
 
-def extensions() -> list[Extension]:
-    """The native library, if there is a compiler for it."""
+def require_compiler() -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) or shutil.which("g++"):
-        return [native_library()]
-    reason = f"no C++ compiler: {compiler} and g++ were not found"
-    if REQUIRED:
-        raise SystemExit(f"{reason}; ADAQN_REQUIRE_EXT=1 asks for the native library")
-    note_failure(reason)
-    return []
+    if not shutil.which(compiler) and not shutil.which("g++"):
+        raise RuntimeError(f"no C++ compiler: {compiler} and g++ were not found")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def announce(what: str, why: str) -> None:
+    rule = "*" * 78
+    print(f"{rule}\nWARNING: {what}\n{why}\n{rule}", file=sys.stderr)
 
 
 setup(
-    ext_modules=extensions(),
+    ext_modules=[native_library()],
     cmdclass={"build_ext": Build},
-    package_data={"adaqn_cuda": [FAILURE.name]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

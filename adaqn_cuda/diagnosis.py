@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+from . import native
 from .ops import select_backend
 from .version import __version__
 
@@ -25,6 +26,7 @@ def report() -> str:
         "Devices and backends",
         *(_device_line(torch.device(name)) for name in _devices()),
         *_missing_cuda(),
+        *_library_lines(),
         "",
         "Demo",
         *(_package_line(name, use) for name, use in OPTIONAL.items()),
@@ -52,6 +54,17 @@ def _missing_cuda() -> list[str]:
     if torch.version.cuda is None:
         return ["  cuda     this torch is built without CUDA; see https://pytorch.org to get one"]
     return ["  cuda     torch finds no CUDA device or driver; nvidia-smi tells more"]
+
+
+def _library_lines() -> list[str]:
+    path = native.library_path()
+    if path is None:  # the devices' lines say why
+        return []
+    built = native.read_record(path)
+    cuda = f"CUDA kernels for {' '.join(built.images)}"
+    if not built.images:
+        cuda = f"no CUDA kernels: {built.without_cuda}"
+    return [f"  library  {path}", f"           {cuda}"]
 
 
 def _package_line(name: str, use: str) -> str:

@@ -113,7 +113,11 @@ _DISPATCHED = SimpleNamespace(**{name: getattr(torch.ops.adaqn, name).default fo
 
 def native_obstacle(device: torch.device) -> str | None:
     """Why native kernels cannot serve ``device``, and the remedy; ``None`` if they can."""
-    return native.obstacle(device.type)
+    obstacle = native.obstacle(device.type)
+    if obstacle is None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        obstacle = native.cuda_obstacle(index)
+    return obstacle
 
 
 def select_backend(device: torch.device, fused: bool | None) -> Backend:
@@ -134,4 +138,5 @@ def select_backend(device: torch.device, fused: bool | None) -> Backend:
         return Backend("native", f"native kernels serve {device.type}", _DISPATCHED)
     if fused:
         raise RuntimeError(f"fused=True, but {obstacle}; pass fused=None to use the reference")
-    return Backend("reference", obstacle, _DISPATCHED)
+    # Not dispatched: a library whose kernels do not run on this device has registered them.
+    return Backend("reference", obstacle, _REFERENCE)

@@ -20,7 +20,7 @@ Isa allowed_isa() {
   if (word == nullptr) return Isa::avx512;
   if (std::string_view(word) == "baseline") return Isa::baseline;
   if (std::string_view(word) == "avx2") return Isa::avx2;
-  return Isa::avx512;
+  return Isa::avx512;  // adaqn_cuda/native.py loads no library under any other word
 }
 
 }  // namespace

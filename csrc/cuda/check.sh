@@ -11,7 +11,7 @@ if ! command -v nvcc >/dev/null; then
 fi
 
 architectures=("$@")
-if [ ${#architectures[@]} = 0 ]; then architectures=(80 90 100 120); fi
+if [ ${#architectures[@]} = 0 ]; then architectures=(75 80 90 100 120); fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
