@@ -134,7 +134,7 @@ class EmulatedOps:
         )  # fmt: skip
 
     def direction_pass3(
-        self, params, s_ring, gram, projections, images, direction, beta, max_direction,
+        self, params, grads, s_ring, gram, projections, images, direction, beta, max_direction,
         group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, fisher_size, iterate_sum,
         moments, counters,
     ):  # fmt: skip
@@ -144,7 +144,7 @@ class EmulatedOps:
             counters=counters,
         )  # fmt: skip
         self._module().direction_pass3(
-            rows(params, None, group_sizes), {**words, "fisher_size": fisher_size}, beta,
+            rows(params, grads, group_sizes), {**words, "fisher_size": fisher_size}, beta,
             max_direction, rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
         )  # fmt: skip
 
@@ -186,25 +186,26 @@ class EmulatedOps:
         self._module().curvature_pass_a(words, explicit, damping)
 
     def curvature_pass_b(
-        self, fisher, iterate_sum, anchor, counters, weights, image, momentum, s_ring, y_ring,
-        column,
+        self, fisher, iterate_sum, anchor, counters, projections, weights, image, momentum, s_ring,
+        y_ring, column,
     ):  # fmt: skip
         self._module().curvature_pass_b(
             state(
                 iterate_sum.dtype, iterate_sum.numel(), fisher=fisher, iterate_sum=iterate_sum,
-                anchor=anchor, counters=counters, weights=weights, image=image, momentum=momentum,
-                s_ring=s_ring, y_ring=y_ring, column=column,
+                anchor=anchor, counters=counters, projections=projections, weights=weights,
+                image=image, momentum=momentum, s_ring=s_ring, y_ring=y_ring, column=column,
             )
         )  # fmt: skip
 
     def curvature_commit(
-        self, params, column, monitored_loss, min_curvature, max_increase, gram, moments, losses,
-        anchor, iterate_sum, momentum, counters,
+        self, params, column, projections, monitored_loss, min_curvature, max_increase, max_growth,
+        gram, moments, losses, anchor, iterate_sum, momentum, counters,
     ):  # fmt: skip
         words = state(
-            anchor.dtype, anchor.numel(), column=column, gram=gram, moments=moments, losses=losses,
-            anchor=anchor, iterate_sum=iterate_sum, momentum=momentum, counters=counters,
+            anchor.dtype, anchor.numel(), column=column, projections=projections, gram=gram,
+            moments=moments, losses=losses, anchor=anchor, iterate_sum=iterate_sum,
+            momentum=momentum, counters=counters,
         )  # fmt: skip
         self._module().curvature_commit(
-            rows(params), words, address(monitored_loss), min_curvature, max_increase
+            rows(params), words, address(monitored_loss), min_curvature, max_increase, max_growth
         )

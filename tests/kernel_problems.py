@@ -39,7 +39,7 @@ class Case:
         pair_dtype, fisher_dtype: ``None`` for that of the vectors.
         diagonal: whether there is an accumulator.
         groups: parameter groups.
-        missing: every how many parameters one has no gradient; 0 for none.
+        missing: every how many parameters one has no gradient, or which have none; 0 for none.
         beta: of the momentum; 0 for none.
         accepted: steps before this one.
         correct_bias, max_grad_norm, max_direction, identity, explicit: as in the reference.
@@ -60,7 +60,7 @@ class Case:
     fisher_dtype: torch.dtype | None = None
     diagonal: bool = True
     groups: int = 1
-    missing: int = 0
+    missing: int | tuple[int, ...] = 0
     beta: float = 0.0
     accepted: int = 6
     correct_bias: bool = False
@@ -74,6 +74,13 @@ class Case:
 
     def but(self, **changes) -> Case:
         return replace(self, **changes)
+
+    def standing(self) -> list[int]:
+        """The parameters without a gradient."""
+        count = len(self.numels)
+        if isinstance(self.missing, tuple):
+            return list(self.missing)
+        return list(range(0, count, self.missing)) if self.missing else []
 
     def without_pairs(self) -> Case:
         return self.but(history_size=0, pairs=0, oldest=0, fisher_size=0, gradients=0)
@@ -110,8 +117,8 @@ class Problem:
         pairs = list(zip(case.numels, kinds, strict=True))
         params = [self.guarded(self.draw(n), kind) for n, kind in pairs]
         grads = [self.guarded(self.draw(n), kind) for n, kind in pairs]
-        if case.missing:
-            grads[:: case.missing] = [None] * len(grads[:: case.missing])
+        for i in case.standing():
+            grads[i] = None
         return {"params": params, "grads": grads}
 
     def rings(self, slots: int) -> dict:
@@ -231,6 +238,17 @@ class Problem:
         names = (*RINGS, "iterate_sum", "anchor", "accumulator", "momentum", "gram", "moments")
         kept = [self[name] for name in names if self[name] is not None]
         return [bits(t) for t in [*self["params"], *kept]]
+
+    def at_rest(self) -> list[Tensor]:
+        """Bits of all that a step must leave alone where there is no gradient."""
+        vectors = [self[name] for name in ("momentum", "accumulator") if self[name] is not None]
+        parts = [self["params"], *(x.split(list(self.case.numels)) for x in vectors)]
+        return [bits(part[i]) for part in parts for i in self.case.standing()]
+
+    def everything(self) -> list[Tensor]:
+        """The bits of every tensor."""
+        lists = [v if isinstance(v, list) else [v] for v in self.values.values()]
+        return [bits(t) for tensors in lists for t in tensors if isinstance(t, Tensor)]
 
     def total(self) -> int:
         return sum(self.case.numels)

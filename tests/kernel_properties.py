@@ -115,6 +115,30 @@ def operations_for(case: Case) -> tuple[str, ...]:
     return STEP if case.diagonal else (*PASSES, "diagonal_step")
 
 
+#: Parameters without a gradient: which of four, and what the step is made of.
+WHICH = {"first": (0,), "last": (-1,), "all but one": (0, 1, 3), "all": (0, 1, 2, 3)}
+STANDING = {
+    f"{which}, {kind}": Case(**{"numels": (31, 1, 4097, 64), "missing": missing, **options})
+    for which, missing in WHICH.items()
+    for kind, options in {
+        "plain": {},
+        "momentum": dict(beta=0.9),
+        "scalar initial matrix": dict(diagonal=False, beta=0.9),
+        "capped": dict(max_direction=0.5),
+        "identity": dict(identity=True, diagonal=False, beta=0.9),
+        "groups": dict(groups=3, dtypes=(F32, BF16, F16)),
+        "unaligned": dict(offset=1, beta=0.9, pair_dtype=BF16, fisher_dtype=BF16),
+        "everything": dict(groups=3, **EVERYTHING),
+        "everything, scalar": dict(groups=3, diagonal=False, **EVERYTHING),
+        "everything in float64": dict(groups=3, dtypes=(F64,), **EVERYTHING),
+    }.items()
+}
+STANDING["one element"] = Case(numels=(1, 1), missing=(0,), **EVERYTHING)
+STANDING["tables of groups"] = Case(numels=(3, 8) * 33, groups=66, missing=5, **EVERYTHING)
+STANDING["tables of tensors"] = Case(numels=(3, 1, 0) * 1000, missing=7, groups=5, **EVERYTHING)
+#: The operations that a missing gradient concerns.
+MOVING = ("direction_pass2", "direction_pass3", "direction_step", "diagonal_step")
+
 CHECKED = [(operation, name) for name, case in CASES.items() for operation in operations_for(case)]
 
 
@@ -173,6 +197,64 @@ def check_dropped(namespace, device: str, reason: str, way: str, case: Case) -> 
     counters[Counter.STEPS_SKIPPED] += reason != "blank"
     assert torch.equal(counters, problem["counters"])
     assert (problem["projections"][Flag.NONFINITE] == 0) == (reason == "blank")
+
+
+def check_standing(namespace, operation: str, device: str, case: Case) -> None:
+    """Without a gradient a parameter keeps w, m and v, to the bit, and has no part in F."""
+    case = case.without_pairs() if operation == "diagonal_step" else case
+    problem = Problem(case, device)
+    before = problem.at_rest()
+    check(namespace, operation, problem, unwritten(operation, case))
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.at_rest(), strict=True))
+    if operation in ("direction_pass2", "direction_step"):
+        parts = problem["fisher"][case.gradients].split(list(case.numels))
+        assert not any(parts[i].any() for i in case.standing())
+
+
+#: Sizes of gradients whose squares are no float32, what they are clipped to, and the size of s for
+#: which s.g is one.
+EXTREMES = {"huge": (3e38, 2.0**62, 2.0**-10), "tiny": (1e-30, 1e-30, 1.0)}
+EXTREME = {
+    "plain": Case(),
+    "momentum": Case(beta=0.9),
+    "capped": Case(max_direction=0.5),
+    "capped, scalar initial matrix": Case(max_direction=0.5, diagonal=False),
+    "mixed": Case(numels=(5, 1, 700, 64), dtypes=(F32, BF16), missing=3),
+    "everything": Case(**EVERYTHING),
+    "everything, scalar": Case(diagonal=False, **EVERYTHING),
+}
+
+
+def check_extreme_gradients(
+    namespace, operation: str, device: str, extreme: str, scale: float, case: Case
+) -> None:
+    """|g|^2, and what is made of it, for every finite gradient."""
+    size, max_norm, pair_size = EXTREMES[extreme]
+    case = case.without_pairs() if operation == "diagonal_step" else case
+    problem = Problem(case.but(max_grad_norm=max_norm), device)
+    problem["grad_scale"] = torch.tensor([scale])
+    problem["s_ring"].mul_(pair_size)
+    grads = [g for g in problem["grads"] if g is not None]
+    for g in grads:
+        g.copy_(size * g.sign())
+    square = sum(g.double().square().sum() for g in grads) / scale**2
+    problem["projections"][Flag.SQUARE] = square  # what passes 2 and 3 find
+    for w in problem["params"]:
+        w.zero_()  # so that a tiny step shows
+    check(namespace, operation, problem, unwritten(operation, case))
+    torch.testing.assert_close(problem["projections"][Flag.SQUARE], square, rtol=1e-6, atol=0)
+
+
+def check_extreme_direction(namespace, device: str, size: float) -> None:
+    """|p|^2, where it is no float32."""
+    problem = Problem(Case(max_direction=0.5), device)
+    problem["direction"].mul_(size)
+    for name in ("projections", "images"):
+        problem[name][: len(problem["moments"])] *= size
+    problem["images"][-1] = 0.01 * size**2
+    for w in problem["params"]:
+        w.zero_()
+    check(namespace, "direction_pass3", problem, ("direction", "saved"))
 
 
 def check_fused_is_separate(namespace, device: str, case: Case) -> None:
@@ -265,6 +347,38 @@ def check_outcome(namespace, device: str, outcome: str, case: Case) -> None:
     assert after == (before if outcome == "none" else 1)
     if outcome == "reset":
         assert problem["losses"][Loss.MONITORED] == 1.1
+
+
+def check_dropped_pair_update(namespace, device: str, reason: str, case: Case) -> None:
+    """After a dropped step a pair update leaves everything alone, whatever the monitor says."""
+    for monitored in (None, loss(0.9), loss(1.1)):
+        problem = Problem(case, device)
+        problem["monitored_loss"] = monitored
+        if reason == "blank":
+            problem["projections"][Flag.NONZERO] = 0
+            problem["counters"][Counter.GRADIENTS] = problem["counters"][Counter.ANCHORED] = 0
+        else:
+            problem["projections"][Flag.NONFINITE] = 1
+        problem.poison()
+        before = problem.everything()
+        for operation in ("curvature_pass_b", "curvature_commit"):
+            run(namespace, operation, problem)
+            assert all(torch.equal(a, b) for a, b in zip(before, problem.everything(), strict=True))
+        check(namespace, "curvature_commit", problem)
+
+
+def check_growth(namespace, device: str, max_growth: float, pairs: int) -> None:
+    """gamma grows from pair to pair by at most a factor; what is given of y.y does not shrink."""
+    problem = Problem(Case(pairs=pairs), device)
+    free = (problem.case.oldest + pairs) % len(problem["moments"])
+    problem["column"][free], problem["column"][-2] = 6.0, 2.0
+    problem["max_growth"] = max_growth
+    before = float(reference.scalar_initial_matrix(problem["gram"], problem["counters"]))
+    check(namespace, "curvature_commit", problem)
+    after = float(reference.scalar_initial_matrix(problem["gram"], problem["counters"]))
+    assert before <= 1
+    limit = max_growth * before if pairs else inf
+    assert abs(after - min(3.0, limit)) < 1e-12
 
 
 def check_overflow_bars_the_pair(namespace, device: str) -> None:

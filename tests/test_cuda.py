@@ -1,5 +1,6 @@
 """The CUDA kernels on a GPU: the properties of the emulated ones, and what only a GPU shows."""
 
+from math import inf
 from types import SimpleNamespace
 
 import pytest
@@ -10,19 +11,28 @@ from kernel_properties import (
     CASES,
     CHECKED,
     EVERYTHING,
+    EXTREME,
+    EXTREMES,
+    MOVING,
     OUTCOMES,
+    STANDING,
     STEP,
     WHOLE,
     check_case,
     check_direction_accuracy,
     check_dropped,
+    check_dropped_pair_update,
+    check_extreme_direction,
+    check_extreme_gradients,
     check_fused_is_separate,
+    check_growth,
     check_outcome,
     check_overflow_bars_the_pair,
     check_rate_tensors,
     check_repeatable,
     check_restore,
     check_scaling,
+    check_standing,
     check_swap_without_iterates,
 )
 from problems import plain_adaqn, random_parameters
@@ -92,6 +102,25 @@ def test_dropped_step_changes_nothing(reason, way, case):
     check_dropped(NATIVE, "cuda", reason, way, CASES[case].but(missing=0))
 
 
+@pytest.mark.parametrize("case", STANDING)
+@pytest.mark.parametrize("operation", MOVING)
+def test_parameters_without_a_gradient_stand_still(operation, case):
+    check_standing(NATIVE, operation, "cuda", STANDING[case])
+
+
+@pytest.mark.parametrize("case", EXTREME)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("operation", STEP)
+def test_extreme_gradients(operation, extreme, scale, case):
+    check_extreme_gradients(NATIVE, operation, "cuda", extreme, scale, EXTREME[case])
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-28])
+def test_extreme_direction(size):
+    check_extreme_direction(NATIVE, "cuda", size)
+
+
 @pytest.mark.parametrize("case", FUSED)
 def test_fused_step_is_its_passes(case):
     check_fused_is_separate(NATIVE, "cuda", {**CASES, **LARGE}[case])
@@ -122,6 +151,18 @@ def test_swap_without_iterates():
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_commit(outcome, case):
     check_outcome(NATIVE, "cuda", outcome, CASES[case])
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "everything", "everything, mixed"])
+@pytest.mark.parametrize("reason", ["not finite", "blank"])
+def test_dropped_step_updates_no_pairs(reason, case):
+    check_dropped_pair_update(NATIVE, "cuda", reason, CASES[case])
+
+
+@pytest.mark.parametrize("max_growth", [1.0, 1.05, 100.0, inf])
+@pytest.mark.parametrize("pairs", [0, 1, 3, 5])
+def test_growth_of_the_scalar_initial_matrix(max_growth, pairs):
+    check_growth(NATIVE, "cuda", max_growth, pairs)
 
 
 def test_overflow_bars_the_pair():

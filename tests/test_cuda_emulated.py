@@ -1,5 +1,7 @@
 """Every CUDA kernel against the reference, run on the CPU by the emulation of tests/emulation."""
 
+from math import inf
+
 import pytest
 import torch
 from emulated import EmulatedOps, build
@@ -8,20 +10,29 @@ from kernel_properties import (
     CASES,
     CHECKED,
     EVERYTHING,
+    EXTREME,
+    EXTREMES,
+    MOVING,
     OUTCOMES,
+    STANDING,
     STEP,
     WHOLE,
     assert_same_bits,
     check_case,
     check_direction_accuracy,
     check_dropped,
+    check_dropped_pair_update,
+    check_extreme_direction,
+    check_extreme_gradients,
     check_fused_is_separate,
+    check_growth,
     check_outcome,
     check_overflow_bars_the_pair,
     check_rate_tensors,
     check_repeatable,
     check_restore,
     check_scaling,
+    check_standing,
     check_swap_without_iterates,
 )
 from problems import AuthorsProblem, plain_adaqn, random_parameters, set_gradients, trajectory
@@ -89,6 +100,25 @@ def test_dropped_step_changes_nothing(emulated, reason, way, case):
     check_dropped(emulated, "cpu", reason, way, CASES[case].but(missing=0))
 
 
+@pytest.mark.parametrize("case", STANDING)
+@pytest.mark.parametrize("operation", MOVING)
+def test_parameters_without_a_gradient_stand_still(emulated, operation, case):
+    check_standing(emulated, operation, "cpu", STANDING[case])
+
+
+@pytest.mark.parametrize("case", EXTREME)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("operation", STEP)
+def test_extreme_gradients(emulated, operation, extreme, scale, case):
+    check_extreme_gradients(emulated, operation, "cpu", extreme, scale, EXTREME[case])
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-28])
+def test_extreme_direction(emulated, size):
+    check_extreme_direction(emulated, "cpu", size)
+
+
 @pytest.mark.parametrize("case", FUSED)
 def test_fused_step_is_its_passes(emulated, case):
     check_fused_is_separate(emulated, "cpu", CASES[case])
@@ -120,6 +150,18 @@ def test_swap_without_iterates(emulated):
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_commit(emulated, outcome, case):
     check_outcome(emulated, "cpu", outcome, CASES[case])
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "everything", "everything, mixed"])
+@pytest.mark.parametrize("reason", ["not finite", "blank"])
+def test_dropped_step_updates_no_pairs(emulated, reason, case):
+    check_dropped_pair_update(emulated, "cpu", reason, CASES[case])
+
+
+@pytest.mark.parametrize("max_growth", [1.0, 1.05, 100.0, inf])
+@pytest.mark.parametrize("pairs", [0, 1, 3, 5])
+def test_growth_of_the_scalar_initial_matrix(emulated, max_growth, pairs):
+    check_growth(emulated, "cpu", max_growth, pairs)
 
 
 def test_overflow_bars_the_pair(emulated):

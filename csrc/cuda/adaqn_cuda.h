@@ -19,7 +19,7 @@ constexpr int kMaxHistory = 64;
 /// A parameter: contiguous, in device memory.
 struct Tensor {
   void* param;
-  const void* grad;  // null counts as zero
+  const void* grad;  // null: the parameter stands still
   int64_t numel;
   int32_t group;  // ascending from 0 over the list
   Type param_type, grad_type;
@@ -117,6 +117,7 @@ cudaError_t curvature_pass_b(const State&, const Queue&);
 
 /// `monitored_loss`: one word in device memory, or null without a monitor.
 cudaError_t curvature_commit(const Parameters&, const State&, const double* monitored_loss,
-                             double min_curvature, double max_increase, const Queue&);
+                             double min_curvature, double max_increase, double max_growth,
+                             const Queue&);
 
 }  // namespace adaqn::cuda

@@ -33,16 +33,17 @@ struct AveragesAt {
     if (state.accumulator) cuda::load(static_cast<const T*>(state.accumulator), at, v);
   }
 
-  /// g enters m and v, in memory; q and the diagonal of D are what they make.
+  /// g enters m and v, in memory; q and the diagonal of D are what they make.  Where nothing
+  /// `moves`, g is zero, as is q, and m and v are not touched.
   __device__ __forceinline__ void enter(const State& state, const AverageFactors<T>& factors,
-                                        const Pack<W>& at, const T (&g)[W], T (&q)[W],
+                                        const Pack<W>& at, bool moves, const T (&g)[W], T (&q)[W],
                                         T (&diagonal)[W]) {
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       q[j] = g[j];
       diagonal[j] = factors.scalar;
     }
-    if (state.momentum) {
+    if (state.momentum && moves) {
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         q[j] = factors.of_old * m[j] + factors.of_gradient * g[j];
@@ -50,14 +51,14 @@ struct AveragesAt {
       }
       store(static_cast<T*>(state.momentum), at, m);
     }
-    if (state.accumulator) {
+    if (!state.accumulator) return;
+    if (moves) {
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        v[j] = factors.keep * v[j] + factors.add * g[j] * g[j];
-        diagonal[j] = rsqrt(factors.correction * v[j] + factors.eps);
-      }
+      for (int j = 0; j < W; ++j) v[j] = factors.keep * v[j] + factors.add * g[j] * g[j];
       store(static_cast<T*>(state.accumulator), at, v);
     }
+#pragma unroll
+    for (int j = 0; j < W; ++j) diagonal[j] = rsqrt(factors.correction * v[j] + factors.eps);
   }
 };
 

@@ -12,6 +12,11 @@
 
 namespace adaqn::cuda {
 
+/// Whether the latest step may change anything that lasts, and so whether what follows it may.
+__device__ __forceinline__ bool accepts_step(const State& state) {
+  return step_is_accepted(state.projections + state.slots, state.counters);
+}
+
 /// Weight of each of `count` iterates in their average.
 template <class T>
 __device__ __forceinline__ T share_of_one(int64_t count) {
@@ -75,6 +80,9 @@ struct AverageFactors {
         scalar(T(scalar_)) {}
 };
 
+/// Sums of pass 1 before those of the stored pairs.
+enum : int { kNonfinite, kNonzero, kCounts };
+
 /// Shared memory of the step's kernels, with vectors of T.
 template <class T>
 struct StepMemory {
@@ -87,7 +95,8 @@ struct StepMemory {
   double *a, *c;        // coefficients by slot
   T* factors;           // of the linear combination at hand, by slot
   AverageFactors<T>* average_factors;
-  double* gram;  // the same memory as `sums`, and done with before those are used
+  double* gram;     // the same memory as what follows, and done with before that is used
+  double* squares;  // the sum of squares of each thread: T would overflow where |g| does not
   T* sums;
   size_t bytes;
 
@@ -104,7 +113,8 @@ struct StepMemory {
     average_factors = carver.take<AverageFactors<T>>(1);
     Carver alternative = carver;
     gram = alternative.take<double>((slots + 1) * slots);
-    sums = carver.take<T>((slots + flag::count) * kThreads<T>);
+    squares = carver.take<double>(kThreads<T>);
+    sums = carver.take<T>((slots + kCounts) * kThreads<T>);
     bytes = carver.bytes() > alternative.bytes() ? carver.bytes() : alternative.bytes();
   }
 

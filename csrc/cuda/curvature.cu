@@ -72,10 +72,10 @@ ADAQN_PASS_KERNEL pass_a_kernel(const __grid_constant__ State state, bool aligne
     if (image) s_b0_s += product_with(image, at, s);
     add_products<Cache::keep>(rows, at, s, sums, 0);
   });
-  store_partials(memory, rows.count, partials.from(first));
+  store_partials<T>(memory, rows.count, partials.from(first));
   if (!image) return;
   sums[rows.count] = s_b0_s;
-  store_partials(memory + rows.count * kThreads<T>, 1, partials.from(state.fisher_size));
+  store_partials<T>(memory + rows.count * kThreads<T>, 1, partials.from(state.fisher_size));
 }
 
 /// s.y of the y that pass B would form without damping, from F_j.s; the same in every warp.
@@ -139,10 +139,11 @@ __device__ __forceinline__ void round_to_ring(T (&x)[W], T (&stored)[W]) {
 
 /// y = sum_j weights_j F_j + weights_last B0 s;  s and y to the free slot.  Partial sums, of the
 /// vectors as stored: kOwnProducts, then s_i.y per stored pair.  Infinities and NaNs stay in the
-/// sums, where they bar the pair.
+/// sums, where they bar the pair.  After a dropped step it writes nothing.
 template <class T, class F, class H>
 ADAQN_PASS_KERNEL pass_b_kernel(const __grid_constant__ State state, bool aligned,
                                 Partials partials) {
+  if (!accepts_step(state)) return;
   PassBMemory<T> memory(shared_memory(), state.slots, state.fisher_size);
   const PairRing ring(state.counters, state.slots);
   const T share = share_of_one<T>(state.counters[counter::iterates]);
@@ -178,12 +179,13 @@ ADAQN_PASS_KERNEL pass_b_kernel(const __grid_constant__ State state, bool aligne
     sums[kSquare] += product(y, y);
     add_products<Cache::keep>(pairs, at, y, sums, kOwnProducts);
   });
-  store_partials(memory.sums, kOwnProducts + pairs.count, partials);
+  store_partials<T>(memory.sums, kOwnProducts + pairs.count, partials);
 }
 
-/// column, from the partial sums of pass B.
+/// column, from the partial sums of pass B, if that made any.
 template <class T>
 __global__ void finish_pass_b_kernel(const __grid_constant__ State state, Partials partials) {
+  if (!accepts_step(state)) return;
   double* totals = reinterpret_cast<double*>(shared_memory());
   const PairRing ring(state.counters, state.slots);
   sum_partials<T>(partials, kOwnProducts + ring.pairs, totals);
@@ -201,17 +203,19 @@ __global__ void finish_pass_b_kernel(const __grid_constant__ State state, Partia
 
 __device__ __forceinline__ PairUpdate decide(const State& state, const double* monitored_loss,
                                              const PairUpdateRule& rule) {
-  return decide_pair_update(state.counters, state.slots, state.column, state.losses, monitored_loss,
-                            rule);
+  return decide_pair_update(state.counters, state.slots, state.column,
+                            state.projections + state.slots, state.losses, monitored_loss, rule);
 }
 
-/// w = w_o and m = 0 after a reset;  w_o = w_n if the anchor moves;  w_sum = 0.
+/// w = w_o and m = 0 after a reset;  w_o = w_n if the anchor moves;  w_sum = 0, unless nothing
+/// happens.
 template <class T, int Capacity>
 __global__ void __launch_bounds__(kThreads<T>)
     commit_kernel(const __grid_constant__ Segments<Capacity> table,
                   const __grid_constant__ State state, const double* monitored_loss,
                   PairUpdateRule rule) {
   const PairUpdate outcome = decide(state, monitored_loss, rule);
+  if (outcome == PairUpdate::none) return;
   const T share = share_of_one<T>(state.counters[counter::iterates]);
   T* iterate_sum = static_cast<T*>(state.iterate_sum);
   T* anchor = static_cast<T*>(state.anchor);
@@ -238,7 +242,7 @@ __global__ void __launch_bounds__(kThreads<T>)
 __global__ void finish_commit_kernel(const __grid_constant__ State state,
                                      const double* monitored_loss, PairUpdateRule rule) {
   record_pair_update(decide(state, monitored_loss, rule), state.slots, state.column, monitored_loss,
-                     state.gram, state.moments, state.losses, state.counters);
+                     rule, state.gram, state.moments, state.losses, state.counters);
 }
 
 // ------------------------------------------------------------------ launchers
@@ -291,8 +295,8 @@ cudaError_t curvature_pass_b(const State& state, const Queue& queue) {
 
 cudaError_t curvature_commit(const Parameters& list, const State& state,
                              const double* monitored_loss, double min_curvature,
-                             double max_increase, const Queue& queue) {
-  const PairUpdateRule rule{min_curvature, max_increase};
+                             double max_increase, double max_growth, const Queue& queue) {
+  const PairUpdateRule rule{min_curvature, max_increase, max_growth};
   ADAQN_CUDA_TRY(
       for_each_simple_launch(list, state, [&](auto vectors, const auto& table, const Shape& shape) {
         using T = decltype(vectors);

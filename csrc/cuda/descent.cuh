@@ -54,7 +54,7 @@ struct IterateAt {
     shrink = T(1 - lr * rates.weight_decay_of(group));
   }
 
-  /// w_sum += w;  w = (1 - lr weight_decay) w - lr factor p, in memory.
+  /// w_sum += w;  w = (1 - lr weight_decay) w - lr factor p where it moves; in memory.
   template <int Capacity>
   __device__ __forceinline__ void descend(const Cursor<Capacity>& cursor, const State& state,
                                           const Pack<W>& at, const T (&p)[W]) {
@@ -63,6 +63,7 @@ struct IterateAt {
       for (int j = 0; j < W; ++j) sum[j] += w[j];
       store(static_cast<T*>(state.iterate_sum), at, sum);
     }
+    if (!cursor.moves()) return;
 #pragma unroll
     for (int j = 0; j < W; ++j) w[j] = shrink * w[j] - rate * p[j];
     store_param(cursor, at, w);

@@ -27,13 +27,14 @@ __device__ void diagonal_descent(const Segments<Capacity>& table, const State& s
   Cursor<Capacity> cursor(table);
   visit_segments<T, T>(cursor, Order::backward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
+    if (!cursor.moves()) return;
     AveragesAt<T, W> averages_at;
     IterateAt<T, W> iterate;
     T g[W], p[W], diagonal[W];
     averages_at.load(state, at);
     iterate.load(cursor, state, rates, 1, at);
     load_gradient(cursor, at, scale, g);
-    averages_at.enter(state, *memory.average_factors, at, g, p, diagonal);
+    averages_at.enter(state, *memory.average_factors, at, true, g, p, diagonal);
 #pragma unroll
     for (int j = 0; j < W; ++j) p[j] *= diagonal[j];
     iterate.descend(cursor, state, at, p);

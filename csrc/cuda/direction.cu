@@ -39,7 +39,8 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
   __syncthreads();
 
   Cursor<Capacity> cursor(table);
-  Sums<T> sums(memory.sums, y.count + 1);
+  Sums<T> sums(memory.sums, y.count);
+  memory.squares[threadIdx.x] = 0;
   visit_segments<T, H>(cursor, Order::backward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     AveragesAt<T, W> averages_at;
@@ -51,21 +52,21 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
         store(static_cast<decltype(tag)*>(state.fisher.data) + fisher_row, at, g);
       });
     }
-    averages_at.enter(state, *memory.average_factors, at, g, r, diagonal);
-    T square = 0;
+    averages_at.enter(state, *memory.average_factors, at, cursor.moves(), g, r, diagonal);
+    double square = 0;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      const T scaled = diagonal[j] * r[j];
+      const double scaled = diagonal[j] * r[j];
       square += scaled * scaled;
     }
-    sums[y.count] += square;
+    memory.squares[threadIdx.x] += square;
     add_combination<Cache::keep>(y, memory.factors, at, r);
 #pragma unroll
     for (int j = 0; j < W; ++j) r[j] *= diagonal[j];
     store(direction, at, r);
     if (!identity) add_products<Cache::stream>(y, at, r, sums, 0);
   });
-  if (!identity) store_partials(memory.sums, y.count + 1, partials);
+  if (!identity) store_with_squares(memory, y.count, partials);
 }
 
 /// z_i, where another initial matrix has made r.  Partial sums as in pass 2.
@@ -81,7 +82,7 @@ __device__ void products_of_direction(const State& state, bool aligned, const St
     load(direction, at, r);
     add_products<Cache::stream>(y, at, r, sums, 0);
   });
-  store_partials(memory.sums, y.count, partials);
+  store_partials<T>(memory.sums, y.count, partials);
 }
 
 /// images, from the partial sums of pass 2; without |H0 q|^2 if those are z alone.
@@ -111,26 +112,27 @@ __device__ void pass3(const Segments<Capacity>& table, const State& state, const
   __syncthreads();
 
   Cursor<Capacity> cursor(table);
-  T square = 0;
+  double square = 0;
   visit_segments<T, H>(cursor, Order::backward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
+    const bool moves = cursor.moves();
+    if (capped && !moves) return;
     IterateAt<T, W> iterate;
     T p[W];
     load(direction, at, p);
     if (!capped) iterate.load(cursor, state, rates, 1, at);
-    add_combination<Cache::keep>(s, memory.factors, at, p);
+    if (moves) add_combination<Cache::keep>(s, memory.factors, at, p);
     if (capped) {
       store(direction, at, p);
 #pragma unroll
-      for (int j = 0; j < W; ++j) square += p[j] * p[j];
+      for (int j = 0; j < W; ++j) square += double(p[j]) * double(p[j]);
     } else {
       iterate.descend(cursor, state, at, p);
     }
   });
   if (!capped) return;
-  Sums<T> sums(memory.sums, 1);
-  sums[0] = square;
-  store_partials(memory.sums, 1, partials);
+  memory.squares[threadIdx.x] = square;
+  store_partials<T>(memory.squares, 1, partials);
 }
 
 /// The descent along p as pass 3 left it, shortened to max_direction |H0 q|.

@@ -10,7 +10,7 @@ template <class T, int Capacity>
 __global__ void __launch_bounds__(kThreads<T>)
     swap_kernel(const __grid_constant__ Segments<Capacity> table,
                 const __grid_constant__ State state) {
-  const bool accepted = step_is_accepted(state.projections + state.slots, state.counters);
+  const bool accepted = accepts_step(state);
   const int64_t count = state.counters[counter::iterates] + accepted;
   const T share = share_of_one<T>(count);
   const T* iterate_sum = static_cast<const T*>(state.iterate_sum);

@@ -26,10 +26,10 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-/// Adds up `memory`, where Sums put them, over the threads of the block, into rows 0..count-1 of
-/// `partials`.  All threads of the block call it.
-template <class T>
-__device__ void store_partials(const T* memory, int count, const Partials& partials) {
+/// Adds up `memory`, where Sums put them, over the threads of a block for vectors of T, into rows
+/// 0..count-1 of `partials`.  All threads of the block call it.
+template <class T, class Sum>
+__device__ void store_partials(const Sum* memory, int count, const Partials& partials) {
   __syncthreads();
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += kThreads<T> / 32) {

@@ -54,6 +54,9 @@ class Cursor {
     return i + width <= end_;
   }
 
+  /// Whether the segment moves: a parameter without a gradient stands still.
+  __device__ __forceinline__ bool moves() const { return table.grad[segment] != nullptr; }
+
   /// Where element i of the flat vector lies in the segment.
   __device__ __forceinline__ int64_t offset(int64_t i) const { return i - begin_; }
 

@@ -8,32 +8,41 @@
 
 namespace adaqn::cuda {
 
-/// Partial sums: a row per flag, then s_i.g per stored pair.
+/// Partial sums: `count` of the sums, then the squares.
+template <class T>
+__device__ void store_with_squares(const StepMemory<T>& memory, int count,
+                                   const Partials& partials) {
+  store_partials<T>(memory.sums, count, partials);
+  store_partials<T>(memory.squares, 1, partials.from(count));
+}
+
+/// Partial sums: kCounts, s_i.g per stored pair, |g|^2.
 template <class T, class H, int Capacity>
 __device__ void pass1(const Segments<Capacity>& table, const State& state, const Scaling& scaling,
                       const StepMemory<T>& memory, const Partials& partials) {
   const Rows<H> s = stored_rows<H>(state.s_ring, memory.ring());
   const T scale = T(scale_of(scaling));
   Cursor<Capacity> cursor(table);
-  Sums<T> sums(memory.sums, flag::count + s.count);
+  Sums<T> sums(memory.sums, kCounts + s.count);
   unsigned nonfinite = 0, nonzero = 0;
-  T square = 0;
+  double square = 0;
   visit_segments<T, H>(cursor, Order::forward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
+    if (!cursor.moves()) return;
     T g[W];
     load_gradient(cursor, at, scale, g);
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       nonfinite += !is_finite(g[j]);
       nonzero += g[j] != 0;
-      square += g[j] * g[j];
+      square += double(g[j]) * double(g[j]);
     }
-    add_products<Cache::keep>(s, at, g, sums, flag::count);
+    add_products<Cache::keep>(s, at, g, sums, kCounts);
   });
-  sums[flag::nonfinite] = T(nonfinite);
-  sums[flag::nonzero] = T(nonzero);
-  sums[flag::square] = square;
-  store_partials(memory.sums, flag::count + s.count, partials);
+  sums[kNonfinite] = T(nonfinite);
+  sums[kNonzero] = T(nonzero);
+  memory.squares[threadIdx.x] = square;
+  store_with_squares(memory, kCounts + s.count, partials);
 }
 
 /// Flags, weights and u_i = s_i.q, from the partial sums of pass 1 and s_i.m.
@@ -42,16 +51,19 @@ __device__ void collect_projections(const State& state, const Scaling& scaling,
                                     const Averages& averages, const StepMemory<T>& memory,
                                     const Partials& partials) {
   const PairRing ring = memory.ring();
-  sum_partials<T>(partials, flag::count + ring.pairs, memory.totals);
+  const int square = kCounts + ring.pairs;
+  sum_partials<T>(partials, square + 1, memory.totals);
   if (threadIdx.x == 0) {
     double* flags = memory.projections + memory.slots;
-    for (int i = 0; i < flag::count; ++i) flags[i] = memory.totals[i];
+    flags[flag::nonfinite] = memory.totals[kNonfinite];
     if (scaling.found_inf) flags[flag::nonfinite] += *scaling.found_inf;
+    flags[flag::nonzero] = memory.totals[kNonzero];
+    flags[flag::square] = memory.totals[square];
   }
   weigh(averages, scaling.max_grad_norm, memory);
   const StepWeights& weights = *memory.weights;
   for (int age = threadIdx.x; age < memory.slots; age += blockDim.x) {
-    const double s_g = age < ring.pairs ? weights.clip * memory.totals[flag::count + age] : 0.0;
+    const double s_g = age < ring.pairs ? weights.clip * memory.totals[kCounts + age] : 0.0;
     const int slot = ring.slot(age);
     memory.projections[slot] = weights.look_ahead.projection(state.moments[slot], s_g);
   }

@@ -427,16 +427,17 @@ void direction_images(const Tensor& direction, const Tensor& y_ring, const Tenso
              [&](const Queue& queue) { return cuda::direction_images(state, queue); });
 }
 
-void direction_pass3(const Tensors& params, const Tensor& s_ring, const Tensor& gram,
-                     const Tensor& projections, const Tensor& images, const Tensor& direction,
-                     double beta, double max_direction, const std::vector<int64_t>& group_sizes,
-                     const std::vector<double>& lr, const std::vector<double>& weight_decay,
-                     const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
-                     int64_t fisher_size, const OptionalTensor& iterate_sum, const Tensor& moments,
+void direction_pass3(const Tensors& params, const OptionalTensors& grads, const Tensor& s_ring,
+                     const Tensor& gram, const Tensor& projections, const Tensor& images,
+                     const Tensor& direction, double beta, double max_direction,
+                     const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                     const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                     const OptionalTensor& weight_decay_tensor, int64_t fisher_size,
+                     const OptionalTensor& iterate_sum, const Tensor& moments,
                      const Tensor& counters) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
-  List list(params, nullptr, &group_sizes, place);
+  List list(params, &grads, &group_sizes, place);
   list.check_size(direction.numel());
   if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
   StateBuilder builder = state_like(direction, {"direction"}, place);
@@ -523,26 +524,27 @@ void curvature_pass_a(const Tensor& fisher, const Tensor& iterate_sum, const Ten
 }
 
 void curvature_pass_b(const Tensor& fisher, const Tensor& iterate_sum, const Tensor& anchor,
-                      const Tensor& counters, const Tensor& weights, const OptionalTensor& image,
-                      const OptionalTensor& momentum, const Tensor& s_ring, const Tensor& y_ring,
-                      const Tensor& column) {
+                      const Tensor& counters, const Tensor& projections, const Tensor& weights,
+                      const OptionalTensor& image, const OptionalTensor& momentum,
+                      const Tensor& s_ring, const Tensor& y_ring, const Tensor& column) {
   const OnDevice device(fisher);
   const Place place(fisher);
   StateBuilder builder = state_like(anchor, {"anchor"}, place);
   builder.fisher(fisher, 1).iterate_sum(iterate_sum).anchor(anchor).counters(counters);
   builder.s_ring(s_ring).y_ring(y_ring).column(column).weights(weights).image(image);
-  builder.momentum(momentum);
+  builder.momentum(momentum).projections(projections);
   const State state = *builder;
   if (state.slots == 0) fail({"s_ring"}, "expected at least 2 rows, got 0");
   device.run("curvature_pass_b", {}, state, counters,
              [&](const Queue& queue) { return cuda::curvature_pass_b(state, queue); });
 }
 
-void curvature_commit(const Tensors& params, const Tensor& column,
+void curvature_commit(const Tensors& params, const Tensor& column, const Tensor& projections,
                       const OptionalTensor& monitored_loss, double min_curvature,
-                      double max_increase, const Tensor& gram, const Tensor& moments,
-                      const Tensor& losses, const Tensor& anchor, const Tensor& iterate_sum,
-                      const OptionalTensor& momentum, const Tensor& counters) {
+                      double max_increase, double max_growth, const Tensor& gram,
+                      const Tensor& moments, const Tensor& losses, const Tensor& anchor,
+                      const Tensor& iterate_sum, const OptionalTensor& momentum,
+                      const Tensor& counters) {
   const OnDevice device(anchor);
   const Place place(anchor);
   List list(params, nullptr, nullptr, place);
@@ -550,12 +552,13 @@ void curvature_commit(const Tensors& params, const Tensor& column,
   StateBuilder builder = state_like(anchor, {"anchor"}, place);
   builder.slots(check_rows(gram, {"gram"}, 3) - 1).gram(gram).column(column).counters(counters);
   builder.moments(moments).iterate_sum(iterate_sum).anchor(anchor).momentum(momentum);
+  builder.projections(projections);
   State& state = *builder;
   state.losses = builder.doubles(losses, {"losses"}, {loss::count});
   const void* monitored = number_of(monitored_loss, {"monitored_loss"}, place, ScalarType::Double);
   device.run("curvature_commit", list.parameters(), state, counters, [&](const Queue& queue) {
     return cuda::curvature_commit(list.parameters(), state, static_cast<const double*>(monitored),
-                                  min_curvature, max_increase, queue);
+                                  min_curvature, max_increase, max_growth, queue);
   });
   list.write_back();
 }

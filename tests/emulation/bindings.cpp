@@ -185,9 +185,10 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
     });
   });
   m.def("curvature_commit", [](const Rows& rows, const py::dict& state, uintptr_t loss,
-                               double min_curvature, double max_increase) {
+                               double min_curvature, double max_increase, double max_growth) {
     run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return curvature_commit(list, s, pointer<double>(loss), min_curvature, max_increase, queue);
+      return curvature_commit(list, s, pointer<double>(loss), min_curvature, max_increase,
+                              max_growth, queue);
     });
   });
 }
