@@ -79,6 +79,7 @@ class Oracle:
         self.anchor_loss = float("nan")
         self.calls = self.stored = self.skipped = self.resets = self.dropped = self.accepted = 0
         self.clipped = self.damped = self.capped = 0
+        self.gamma = 1.0
 
     # ------------------------------------------------------------------ the initial matrix
 
@@ -87,8 +88,7 @@ class Oracle:
         if self.init == "scalar":
             if not self.pairs:
                 return 1.0
-            s, y = self.pairs[-1]
-            return torch.dot(y, y) / torch.dot(s, y)
+            return 1 / self.gamma
         unbiased = self.v
         if self.init == "rmsprop" and self.bias_correction:
             unbiased = self.v / (1 - self.decay**self.accepted)
@@ -105,11 +105,11 @@ class Oracle:
     def step(self, g: Tensor) -> None:
         g = g.double()
         self.calls += 1
-        if g.isfinite().all():
-            self._move(g)
-        else:
+        if not g.isfinite().all():
             self.dropped += 1
-        if self.history_size and self.calls % self.interval == 0 and self.iterates:
+            return
+        self._move(g)
+        if self.history_size and self.calls % self.interval == 0:
             self._update_pairs()
 
     def _move(self, g: Tensor) -> None:
@@ -170,10 +170,18 @@ class Oracle:
         s, y = self._rounded(s), self._rounded(y)
         if torch.dot(s, y) / torch.dot(y, y) > self.min_curvature:
             self.stored += 1
+            self._scale(s, y)
             self.pairs.append((s, y))
             self.anchor, self.anchor_loss = average, loss
         else:
             self.skipped += 1
+
+    def _scale(self, s: Tensor, y: Tensor) -> None:
+        """gamma of the scalar matrix; with damping its growth is bounded, too."""
+        gamma = torch.dot(s, y) / torch.dot(y, y)
+        if self.pairs and self.damping:
+            gamma = min(gamma, self.gamma * (1 + 0.5 / self.interval))
+        self.gamma = gamma
 
     def _damp(self, s: Tensor, y: Tensor) -> Tensor:
         """Procedure 18.2 of Nocedal & Wright, with ``damping`` for their 0.2."""

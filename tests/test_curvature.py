@@ -151,7 +151,7 @@ def test_every_source_follows_the_textbook(source, init, fused):
         product=lambda s: problem.matrix @ s, **options,
     )  # fmt: skip
     for step in range(3 * len(losses)):
-        oracle.min_curvature = inf if step // 3 == 7 else 0.0
+        oracle.min_curvature = 1e300 if step // 3 == 7 else 0.0
         optimizer.param_groups[0]["min_curvature"] = oracle.min_curvature
         problem.set_gradients()
         if step in (4, 8, 24, 25, 26):

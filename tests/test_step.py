@@ -1,12 +1,23 @@
 """What users of torch.optim expect: arguments, dtypes, closures, monitors, loss scaling."""
 
+import copy
+
 import pytest
 import torch
-from problems import PLAIN, assert_same, plain_adaqn, random_parameters, set_gradients, snapshot
+from problems import (
+    PLAIN,
+    assert_same,
+    both_backends,
+    plain_adaqn,
+    random_parameters,
+    set_gradients,
+    snapshot,
+)
 from torch import nn
 
 from adaqn_cuda import PAPER, AdaQN
 from adaqn_cuda.arena import Sizes
+from adaqn_cuda.layout import Counter
 
 
 def run(params, steps, start=0, **options):
@@ -163,19 +174,36 @@ def test_maximize_is_descent_on_the_negative():
 # --------------------------------------------------------------------------- gradients
 
 
-def test_missing_gradient_counts_as_zero():
-    ours, theirs = (random_parameters([(3,), (4,)], torch.float64) for _ in range(2))
-    a, b = plain_adaqn(ours, update_interval=2), plain_adaqn(theirs, update_interval=2)
-    for step in range(9):
-        for params in (ours, theirs):
-            set_gradients(params, step)
-        if step % 3:
-            ours[1].grad = None
-            theirs[1].grad.zero_()
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs, strict=True):
-        assert torch.equal(p, q)
+@both_backends
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_parameters_without_gradient_stand_still(momentum, fused):
+    """A step is P H P q on those that have one, H of the pairs with what all of them did."""
+    params = random_parameters([(3,), (4,), (2,)], torch.float64)
+    options = dict(history_size=3, update_interval=2, momentum=momentum, eps=0.1)
+    optimizer = plain_adaqn(params, lr=0.1, weight_decay=0.1, fused=fused, **options)
+    for step in range(24):
+        set_gradients(params, step)
+        standing = [] if step < 6 else [[1], [0, 2], [2]][step % 3]
+        for index in standing:
+            params[index].grad = None
+        before = copy.deepcopy([(p.detach(), optimizer.state.get(p, {})) for p in params])
+        optimizer.step()
+        for index in standing:
+            w, entry = before[index]
+            assert torch.equal(params[index], w)
+            for key in {"accumulator", "momentum"} & entry.keys():
+                assert torch.equal(optimizer.state[params[index]][key], entry[key]), key
+        state = optimizer.state[params[0]]
+        if momentum:  # s_i.m is kept as numbers, whichever part of m has moved
+            rows = [state_of["s_ring"].flatten(1) for state_of in map(optimizer.state.get, params)]
+            m = [optimizer.state[p]["momentum"].flatten() for p in params]
+            pairs = [
+                (int(state["counters"][Counter.OLDEST_PAIR]) + i) % 4
+                for i in range(optimizer.stats()["pairs"])
+            ]
+            expected = (torch.cat(rows, 1) @ torch.cat(m))[pairs]
+            torch.testing.assert_close(state["moments"][pairs], expected, rtol=1e-9, atol=1e-12)
+    assert optimizer.stats()["stored"] > 3
 
 
 def test_step_without_any_gradient_changes_nothing():
@@ -412,6 +440,7 @@ def test_failed_add_param_group_changes_nothing():
 def test_parameters_on_several_devices_are_refused():
     params = [*random_parameters([(2,)]), nn.Parameter(torch.zeros(2, device="meta"))]
     optimizer = plain_adaqn(params)
+    set_gradients(params[:1], 0)
     with pytest.raises(ValueError, match="cpu, meta"):
         optimizer.step()
 
