@@ -94,6 +94,18 @@ def test_schedules_warm_up_and_end_at_zero(text):
         assert factors[-1] == pytest.approx(last, rel=1e-2)
 
 
+def test_numbers_that_no_longer_fit_are_named(text, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    more = ["--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"]
+    assert cli.main(["train", *arguments(text, *more, steps=10)]) == 1
+    said = capsys.readouterr()
+    assert "bits per character" in said.out
+    assert "x.json: No space left on device" in said.err and "--json" in said.err
+
+
 def test_warmup_is_a_share_of_the_steps_by_default():
     assert [Config(steps=n).warmup_steps for n in (1500, 3000)] == [75, 150]
     assert Config(steps=1500, warmup=7).warmup_steps == 7

@@ -16,7 +16,7 @@ from .. import AdaQN
 from ..options import INITS
 from ..version import __version__
 from .models import KINDS
-from .optimizers import DEFAULT_LR, NAMES, PRESETS
+from .optimizers import DEFAULT_LR, IRNN_LR, NAMES, PRESETS
 from .train import WARMUP_SHARE, Config
 
 #: Endings of pictures that can be written without further programs.
@@ -149,7 +149,9 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
 
 
 def _default_rates() -> str:
-    return "default: " + ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items())
+    told = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items())
+    lower = ", ".join(f"{name} {lr:g}" for name, lr in IRNN_LR.items())
+    return f"default: {told}; with --model irnn: {lower}"
 
 
 def _add_outputs(parser: argparse.ArgumentParser, plot: str) -> None:

@@ -21,6 +21,8 @@ DEFAULT_LR = {
     "sgd": 1.0,
     "lbfgs": 1.0,
 }
+#: Lower ones for the IRNN, whose state overflows at the first steps of the others if it is wide.
+IRNN_LR = {"adagrad": 0.02}
 NAMES = tuple(DEFAULT_LR)
 
 #: What ``--preset`` selects for adaqn.
@@ -29,6 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pairs": {"history_size": 10},
     "paper": PAPER,
 }
+
+
+def default_lr(name: str, model: str) -> float:
+    """Peak lr of the optimizer ``name`` on a model of that kind."""
+    lower = IRNN_LR if model == "irnn" else {}
+    return lower.get(name, DEFAULT_LR[name])
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, adaqn: dict[str, Any]) -> Optimizer:

@@ -59,7 +59,10 @@ def write(options: argparse.Namespace, command: str, results: list[Result]) -> N
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs = [{**asdict(result), **result.summary()} for result in results]
     content = {"command": command, "date": date, "versions": versions, "runs": runs}
-    write_json(options.json, content)
+    try:
+        write_json(options.json, content)
+    except OSError as error:
+        raise _unwritten("--json", options.json, error) from error
 
 
 def draw(plot: Callable[[], None], path: Path) -> None:
@@ -68,3 +71,9 @@ def draw(plot: Callable[[], None], path: Path) -> None:
         print(f"picture {path}")
     except PlotUnavailable as error:
         print(error, file=sys.stderr)
+    except OSError as error:
+        raise _unwritten("--plot", path, error) from error
+
+
+def _unwritten(option: str, path: Path, error: OSError) -> OSError:
+    return OSError(f"{option} {path}: {error.strerror}; name another file")

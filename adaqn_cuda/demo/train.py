@@ -17,7 +17,7 @@ from .. import AdaQN
 from . import checkpoint
 from .data import Batches, Corpus, DataError
 from .models import STATELESS, Hidden, RecurrentLM, detach, loss_of
-from .optimizers import DEFAULT_LR, PRESETS, make_optimizer
+from .optimizers import PRESETS, default_lr, make_optimizer
 
 #: Symbols of the validation text that an evaluation looks at.
 VALID_SYMBOLS = 50_000
@@ -54,7 +54,7 @@ class Config:
     @property
     def rate(self) -> float:
         """Peak lr."""
-        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+        return default_lr(self.optimizer, self.model) if self.lr is None else self.lr
 
     @property
     def warmup_steps(self) -> int:

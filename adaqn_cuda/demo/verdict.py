@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .optimizers import DEFAULT_LR
+from .optimizers import default_lr
 from .train import Config, Result
 
 
@@ -32,4 +32,4 @@ def failure(result: Result, *, named: bool = False) -> str | None:
 
 def lower_lr(config: Config) -> float:
     """A lr to try after one that diverged: well below that one and no higher than the default."""
-    return min(DEFAULT_LR[config.optimizer], config.rate / 4)
+    return min(default_lr(config.optimizer, config.model), config.rate / 4)
