@@ -39,6 +39,12 @@ def test_unusable_text_is_refused(tmp_path):
     for path in ("missing.txt", "empty.txt", "."):
         with pytest.raises(DataError, match="--data"):
             load_corpus(str(tmp_path / path), "char")
+    for name, content in (("latin", b"caf\xe9 " * 99), ("zeros", b"text\0" * 99)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"--data .*{name}.*name a text file"):
+            load_corpus(str(tmp_path / name), "char")
+    with pytest.raises(DataError, match="--data"):
+        load_corpus("n" * 300, "char")
     with pytest.raises(DataError, match="too few"):
         Batches(torch.arange(10), batch=4, bptt=3)
 

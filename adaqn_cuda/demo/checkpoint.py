@@ -10,6 +10,12 @@ import torch
 
 from .data import DataError
 
+#: What the content of a checkpoint is known by.
+KEYS = (
+    "config", "fingerprint", "model", "optimizer", "hidden", "step", "position", "recent", "curve",
+    "seconds", "random",
+)  # fmt: skip
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Replace ``path`` by ``content`` in one move; a reader sees the old file or the new one."""
@@ -36,6 +42,6 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     except Exception as error:  # torch.load fails in many ways on what is not its own
         reason = type(error).__name__
         raise DataError(f"--resume {path}: not a checkpoint, or damaged ({reason})") from error
-    if not isinstance(content, dict) or "fingerprint" not in content:
+    if not isinstance(content, dict) or not content.keys() >= set(KEYS):
         raise DataError(f"--resume {path}: not a checkpoint of adaqn train")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Sequence
@@ -58,12 +59,14 @@ def load_corpus(path: str | None, level: str, vocabulary_size: int = 10_000) -> 
     """
     if path is None:
         name, splits = "Python standard library", _split(standard_library_sources())
-    elif Path(path).is_dir():
+    elif os.path.isdir(path):
         name, splits = _read_folder(Path(path))
     else:
         name, splits = Path(path).name, _split(_read_file(Path(path)))
     tokens = [_tokenize(text, level) for text in splits]
     vocabulary = _vocabulary(tokens[0], level, vocabulary_size)
+    if len(vocabulary) < 2:
+        raise DataError(f"--data {name}: no symbol to learn in the training text; give more text")
     index = {symbol: number for number, symbol in enumerate(vocabulary)}
     encoded = [torch.tensor([index.get(t, 0) for t in part], dtype=torch.int64) for part in tokens]
     digest = hashlib.sha256("\0".join(vocabulary).encode())
@@ -91,9 +94,16 @@ def standard_library_sources() -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"--data {path}: {error.strerror}; name a text file or folder") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--data {path}: not UTF-8 at byte {error.start}; name a text file, or convert this "
+            "one (iconv -t utf-8)"
+        ) from None
+    if "\0" in text:
+        raise DataError(f"--data {path}: no text, it has zero bytes; name a text file")
     if not text.strip():
         raise DataError(f"--data {path}: the file is empty")
     return text
@@ -102,8 +112,12 @@ def _read_file(path: Path) -> str:
 def _read_folder(folder: Path) -> tuple[str, list[str]]:
     """Train, valid and test texts of a Penn-Treebank-style folder."""
     found = {}
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"--data {folder}: {error.strerror}; name another folder") from None
     for split in ("train", "valid", "test"):
-        files = sorted(f for f in folder.iterdir() if f.is_file() and split in f.name.lower())
+        files = [f for f in inside if f.is_file() and split in f.name.lower()]
         if files:
             found[split] = _read_file(files[0])
     if found.keys() >= {"train", "valid"}:
@@ -144,12 +158,19 @@ class Batches:
     state should too: then :meth:`at_start` is true.
     """
 
-    def __init__(self, tokens: Tensor, batch: int, bptt: int, what: str = "text") -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        batch: int,
+        bptt: int,
+        what: str = "text",
+        remedy: str = "lower --batch or --bptt",
+    ) -> None:
         length = (len(tokens) - 1) // batch
         if length < bptt:
             raise DataError(
                 f"the {what} has {len(tokens):,} symbols, too few for {batch} streams of {bptt}; "
-                "lower --batch or --bptt"
+                f"{remedy}, or give more --data"
             )
         used = length * batch
         self.inputs = tokens[:used].view(batch, length).t().contiguous()

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 KINDS = ("lstm", "gru", "tanh", "irnn")
+#: Kinds that start every stretch of text from zero.  Nothing bounds their state: carried along a
+#: stream of thousands of symbols it overflows as soon as the recurrent matrix expands at all.
+STATELESS = ("irnn",)
 
 
 class RecurrentLM(nn.Module):

@@ -44,6 +44,13 @@ def _column(result: Result, name: str) -> list[float]:
     return [record[name] for record in result.curve]
 
 
+def _fit(ax: Any, losses: list[float], top: float) -> None:
+    """Cut off what is above ``top``: one spike would hide all the rest."""
+    seen = [loss for loss in losses if math.isfinite(loss)]
+    if seen and max(seen) > top:
+        ax.set_ylim(min(*seen, top - 1) - 0.05, top)
+
+
 def plot_run(result: Result, path: Path) -> None:
     """Training and validation loss of one run over its steps.
 
@@ -56,6 +63,7 @@ def plot_run(result: Result, path: Path) -> None:
     train = _column(result, "train")
     ax.plot(steps, train, color=colour, alpha=0.45, label="train (mean of 100 steps)")
     ax.plot(steps, _column(result, "valid"), "o-", color=colour, markersize=4, label="valid")
+    _fit(ax, [*train, *_column(result, "valid")], 1.5 * math.log(result.vocabulary))
     ax.axhline(math.log(result.vocabulary), color="grey", linestyle=":", linewidth=1)
     ax.annotate(
         f"ln({result.vocabulary}), guessing",

@@ -16,11 +16,13 @@ from torch import Tensor
 from .. import AdaQN
 from . import checkpoint
 from .data import Batches, Corpus, DataError
-from .models import Hidden, RecurrentLM, detach, loss_of
-from .optimizers import DEFAULT_LR, PRESETS, make_optimizer
+from .models import STATELESS, Hidden, RecurrentLM, detach, loss_of
+from .optimizers import PRESETS, default_lr, make_optimizer
 
 #: Symbols of the validation text that an evaluation looks at.
 VALID_SYMBOLS = 50_000
+#: Warm-up in parts of the steps.
+WARMUP_SHARE = 0.05
 #: Training stops when the loss has not been finite for this many steps on end.
 PATIENCE = 50
 
@@ -41,7 +43,7 @@ class Config:
     layers: int = 1
     lr: float | None = None
     schedule: str = "linear"
-    warmup: int = 20
+    warmup: int | None = None
     clip: float = 1.0
     seed: int = 0
     device: str = "cpu"
@@ -52,7 +54,12 @@ class Config:
     @property
     def rate(self) -> float:
         """Peak lr."""
-        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+        return default_lr(self.optimizer, self.model) if self.lr is None else self.lr
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until lr is at its peak."""
+        return math.ceil(WARMUP_SHARE * self.steps) if self.warmup is None else self.warmup
 
 
 @dataclass
@@ -89,10 +96,6 @@ class Result:
         return {"perplexity": math.exp(min(self.valid, 700))}
 
 
-class Diverged(RuntimeError):
-    """The training loss is not finite any more."""
-
-
 class Run:
     """A training run that can be stopped and resumed between any two steps.
 
@@ -109,11 +112,12 @@ class Run:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         vocabulary = len(corpus.vocabulary)
-        self.model = RecurrentLM(config.model, vocabulary, config.hidden, config.layers)
-        self.model.to(self.device)
+        self.model = self._make_model(vocabulary)
         self.batches = Batches(corpus.train, config.batch, config.bptt, "training text")
         valid_streams = min(config.batch, max(1, len(corpus.valid) // (4 * config.bptt)))
-        self.valid = Batches(corpus.valid, valid_streams, config.bptt, "validation text")
+        self.valid = Batches(
+            corpus.valid, valid_streams, config.bptt, "validation text", "lower --bptt"
+        )
         self.optimizer = self._make_optimizer()
         if config.monitor:
             self._watch(config.monitor)
@@ -122,6 +126,18 @@ class Run:
         self.recent: deque[float] = deque(maxlen=100)
         numel = sum(p.numel() for p in self.model.parameters())
         self.result = Result(asdict(config), corpus.name, vocabulary, numel)
+
+    def _make_model(self, vocabulary: int) -> RecurrentLM:
+        config = self.config
+        try:
+            model = RecurrentLM(config.model, vocabulary, config.hidden, config.layers)
+            return model.to(self.device)
+        except (RuntimeError, MemoryError, TypeError) as error:  # sizes that nothing can hold
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"--hidden {config.hidden}, --layers {config.layers}: no room for such a model; "
+                f"lower one of them ({reason})"
+            ) from error
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -136,16 +152,13 @@ class Run:
     def train(
         self, save: Path | None = None, save_every: int = 100, evaluate_every: int | None = None
     ) -> Result:
-        """Run to the last step.
+        """Run to the last step, or until the loss has not been finite for :data:`PATIENCE` steps.
 
         Args:
             save: checkpoint file, written every ``save_every`` steps and at the end.
             save_every: steps between two checkpoints.
             evaluate_every: steps between two looks at the validation loss; a fifteenth of the run
                 if ``None``.
-
-        Raises:
-            Diverged: the loss has not been finite for :data:`PATIENCE` steps.
         """
         every = evaluate_every or max(1, self.config.steps // 15)
         bad = 0
@@ -155,17 +168,14 @@ class Run:
             self._step()
             bad = 0 if math.isfinite(self.train_loss) else bad + 1
             if bad >= PATIENCE:
-                raise Diverged(
-                    f"the training loss has not been finite for {PATIENCE} steps (step "
-                    f"{self.step}); lower --lr or --clip"
-                )
+                return self.finish()
             if self.step % every == 0 and self.step < self.config.steps:
                 self._record()
             if save is not None and self.step % save_every == 0:
                 checkpoint.save(save, self.state_dict())
             if self.on_step is not None:
                 self.on_step(self)
-        self._finish()
+        self.finish()
         if save is not None:
             checkpoint.save(save, self.state_dict())
         return self.result
@@ -190,7 +200,7 @@ class Run:
     def _schedule(self) -> float:
         """Factor on the lr of the next step: warm-up, then constant or down to zero."""
         config, done = self.config, self.step
-        warm = min(1.0, (done + 1) / config.warmup) if config.warmup else 1.0
+        warm = min(1.0, (done + 1) / max(1, config.warmup_steps))
         left = 1 - done / config.steps
         shape = {
             "constant": 1.0,
@@ -206,8 +216,12 @@ class Run:
         loss.backward()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self._next_hidden = detach(hidden)
+        self._next_hidden = self._carried(hidden)
         return loss.detach()
+
+    def _carried(self, hidden: Hidden) -> Hidden:
+        """The state that the next stretch of text starts from."""
+        return None if self.config.model in STATELESS else detach(hidden)
 
     def _step_once(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
         loss = self._backward(inputs, targets)
@@ -260,7 +274,7 @@ class Run:
         count = max(1, min(len(self.valid), VALID_SYMBOLS // per_batch))
         for _ in range(count):
             inputs, targets = (t.to(self.device) for t in self.valid.next())
-            logits, hidden = self.model(inputs, hidden)
+            logits, hidden = self.model(inputs, self._carried(hidden))
             total += float(loss_of(logits, targets))
         self.model.train()
         return total / count
@@ -274,7 +288,13 @@ class Run:
                 "--monitor is looked at when curvature pairs are tried; add --preset pairs, "
                 "--preset paper or --history-size"
             )
-        fixed = Batches(self.corpus.train, sequences, self.config.bptt, "training text").next()
+        fixed = Batches(
+            self.corpus.train,
+            sequences,
+            self.config.bptt,
+            "training text",
+            "lower --monitor or --bptt",
+        ).next()
         inputs, targets = (t.to(self.device) for t in fixed)
 
         def monitor() -> Tensor:
@@ -298,7 +318,8 @@ class Run:
     def _recent_loss(self) -> float:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
 
-    def _finish(self) -> None:
+    def finish(self) -> Result:
+        """The result as of this step, be it the last one or not."""
         result = self.result
         if not result.curve or result.curve[-1]["step"] != self.step:
             self._record()  # a finished run, resumed, has this record already
@@ -307,6 +328,7 @@ class Run:
         result.optimizer_share = self.optimizer_seconds / max(self.seconds, 1e-9)
         if isinstance(self.optimizer, AdaQN):
             result.stats = self.optimizer.stats()
+        return result
 
     # ------------------------------------------------------------------ checkpoints
 

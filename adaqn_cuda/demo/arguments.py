@@ -1,0 +1,233 @@
+"""What the command line accepts, and the values that options have when they are not given."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import AdaQN
+from ..options import INITS
+from ..version import __version__
+from .models import KINDS
+from .optimizers import DEFAULT_LR, IRNN_LR, NAMES, PRESETS
+from .train import WARMUP_SHARE, Config
+
+#: Endings of pictures that can be written without further programs.
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+#: Options, by destination, that mean something to adaqn alone.
+ADAQN_OPTIONS = ("history_size", "fisher_size", "update_interval", "init", "fused")
+ADAQN_ONLY = ("preset", "monitor", *ADAQN_OPTIONS)
+
+
+class Options(argparse.Namespace):
+    """Parsed options: those given are in ``vars``, these stand for the others."""
+
+    data = lr = warmup = save = resume = json = None
+    vocab, preset, monitor, save_every = Config.vocab, Config.preset, Config.monitor, 100
+
+    def given(self, name: str) -> bool:
+        return name in vars(self)
+
+
+def flag(name: str) -> str:
+    """The option with destination ``name``, as people write it."""
+    return "--" + name.replace("_", "-")
+
+
+# --------------------------------------------------------------------------- values
+
+
+def number(
+    convert: Callable[[str], float], expected: str, accepts: Callable[[float], bool]
+) -> Callable[[str], Any]:
+    """A type for argparse whose message says what was ``expected``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+#: Counts stay below this: larger ones overflow in torch.
+LARGEST = 2**31 - 1
+positive = number(int, f"a whole number from 1 to {LARGEST}", lambda n: 1 <= n <= LARGEST)
+natural = number(int, f"a whole number from 0 to {LARGEST}", lambda n: 0 <= n <= LARGEST)
+words = number(int, f"a whole number from 2 to {LARGEST}", lambda n: 2 <= n <= LARGEST)
+seed = number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
+rate = number(float, "a finite number > 0", lambda x: 0 < x < math.inf)
+norm = number(float, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+
+
+def device(text: str) -> str:
+    try:
+        torch.zeros(1, device=torch.device(text)).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({reason}); try cpu") from None
+    return text
+
+
+def output(text: str) -> Path:
+    path = Path(text)
+    try:
+        usable = not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        usable = usable and (not path.exists() or os.access(path, os.W_OK))
+    except OSError:  # for example, a name longer than the system takes
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(
+            f"cannot write {text!r}: name a file in a folder that exists and is writable"
+        )
+    return path
+
+
+def picture(text: str) -> Path:
+    path = output(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no picture: expected a name that ends in {', '.join(PICTURES)}"
+        )
+    return path
+
+
+# --------------------------------------------------------------------------- options
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options with a default of their own are always set; the others only where given."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="adaqn", description="Train recurrent language models with adaQN and others."
+    )
+    top.add_argument("--version", action="version", version=f"adaqn_cuda {__version__}")
+    commands = top.add_subparsers(dest="command")
+    unset = {"formatter_class": formatter, "argument_default": argparse.SUPPRESS}
+    _add_train(commands.add_parser("train", help="train one model", **unset))
+    text = "several optimizers on the same seed and data"
+    _add_compare(commands.add_parser("compare", help=text, **unset))
+    return top
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--optimizer", choices=NAMES, default=Config.optimizer, help="the method")
+    train.add_argument("--lr", type=rate, help=f"peak lr ({_default_rates()})")
+    _add_outputs(train, "adaqn-train.png")
+    _add_task(train)
+    group = train.add_argument_group("checkpoints")
+    group.add_argument("--save", type=output, metavar="FILE",
+                       help="write checkpoints here (default: none)")  # fmt: skip
+    text = f"steps between two checkpoints (default: {Options.save_every})"
+    group.add_argument("--save-every", type=positive, metavar="STEPS", help=text)
+    group.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE",
+        help="continue from FILE, or from --save's file if it is there (default: start afresh)",
+    )  # fmt: skip
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("--optimizers", default="adaqn,adam,rmsprop,adagrad", metavar="A,B,...",
+                         help=f"some of {', '.join(NAMES)}")  # fmt: skip
+    compare.add_argument(
+        "--lr", action="append", metavar="NAME=LR",
+        help=f"peak lr of one optimizer; may be repeated ({_default_rates()})",
+    )  # fmt: skip
+    _add_outputs(compare, "adaqn-compare.png")
+    _add_task(compare)
+
+
+def _default_rates() -> str:
+    told = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items())
+    lower = ", ".join(f"{name} {lr:g}" for name, lr in IRNN_LR.items())
+    return f"default: {told}; with --model irnn: {lower}"
+
+
+def _add_outputs(parser: argparse.ArgumentParser, plot: str) -> None:
+    parser.add_argument(
+        "--plot", type=picture, default=plot, metavar="FILE.png", help="draw the losses here"
+    )
+    parser.add_argument("--json", type=output, metavar="FILE",
+                        help="write the numbers here (default: nowhere)")  # fmt: skip
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    task = parser.add_argument_group("task")
+    task.add_argument("--model", choices=KINDS, default=Config.model, help="recurrent layers")
+    task.add_argument(
+        "--level", choices=("char", "word"), default=Config.level, help="what a symbol is"
+    )
+    task.add_argument(
+        "--data", metavar="PATH",
+        help="text file, or folder with train/valid/test files (default: Python's own sources)",
+    )  # fmt: skip
+    task.add_argument("--vocab", type=words, metavar="N",
+                      help=f"words kept with --level word (default: {Config.vocab})")  # fmt: skip
+    counts = {
+        "steps": "optimizer steps",
+        "batch": "streams of text side by side",
+        "bptt": "symbols of a stream that a step looks at",
+        "hidden": "width of the recurrent layers",
+        "layers": "recurrent layers on top of each other",
+    }
+    for name, text in counts.items():
+        task.add_argument(
+            f"--{name}", type=positive, default=getattr(Config, name), metavar="N", help=text
+        )
+    task.add_argument(
+        "--seed", type=seed, default=Config.seed, metavar="N", help="of the initial parameters"
+    )
+    task.add_argument("--device", type=device, default=Config.device, help="a device of torch")
+    _add_rates(parser.add_argument_group("step length"))
+    _add_adaqn(parser.add_argument_group("adaqn only"))
+
+
+def _add_rates(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--schedule", choices=("constant", "linear", "cosine"), default=Config.schedule,
+        help="of lr after the warm-up; the last two end at zero",
+    )  # fmt: skip
+    text = f"steps until lr is at its peak (default: {100 * WARMUP_SHARE:g} %% of --steps)"
+    group.add_argument("--warmup", type=natural, metavar="STEPS", help=text)
+    group.add_argument(
+        "--clip", type=norm, default=Config.clip, metavar="NORM", help="gradient norm; 0: off"
+    )
+
+
+def _add_adaqn(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--preset", choices=tuple(PRESETS),
+                       help=f"set of hyper-parameters (default: {Config.preset})")  # fmt: skip
+    group.add_argument("--monitor", type=natural, metavar="N",
+                       help="monitor the loss on N fixed sequences (default: 0, off)")  # fmt: skip
+    counts = {
+        "history_size": (natural, "curvature pairs kept"),
+        "fisher_size": (positive, "gradients kept for the Fisher product"),
+        "update_interval": (positive, "steps between two pair updates"),
+    }
+    for name, (kind, text) in counts.items():
+        text = f"{text} ({_default_of(name)})"
+        group.add_argument(flag(name), type=kind, metavar="N", help=text)
+    text = f"initial inverse Hessian ({_default_of('init')})"
+    group.add_argument("--init", choices=INITS, help=text)
+    group.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction,
+        help="insist on native kernels, or on the reference (default: native where they can)",
+    )  # fmt: skip
+
+
+def _default_of(name: str) -> str:
+    plain = inspect.signature(AdaQN).parameters[name].default
+    presets = {preset: options.get(name, plain) for preset, options in PRESETS.items()}
+    others = [f"{preset}: {value}" for preset, value in presets.items() if value != plain]
+    return "; ".join([f"default: {plain}", *others])
