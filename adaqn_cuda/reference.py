@@ -759,6 +759,7 @@ def curvature_commit(
 
     What is kept of y.y is at least s.y / (max_growth gamma), with the gamma of the newest pair so
     far, so that :func:`scalar_initial_matrix` grows by at most that factor from pair to pair.
+    Where that is bounded at all, a pair that is forgotten lowers gamma to its own, if that is less.
     """
     slots = gram.shape[1]
     free = free_slot(counters, slots)
@@ -784,6 +785,8 @@ def curvature_commit(
         momentum.copy_(torch.where(reset, 0.0, momentum))
     products, s_m = column[:-1].clone(), column[-1:]
     products[-1] = kept_square(column, free, gram, max_growth, counters)
+    if max_growth < inf:
+        squeeze(gram, column, free, counters, skip)
     kept = gram.index_select(1, free)[:, 0]
     gram.index_copy_(1, free, torch.where(store, products, kept)[:, None])
     moments.index_copy_(0, free, torch.where(store, s_m, moments.index_select(0, free)))
@@ -800,6 +803,17 @@ def kept_square(
     square = column[-2]
     least = column.index_select(0, free)[0] / (max_growth * scalar_initial_matrix(gram, counters))
     return torch.where(counters[Counter.PAIRS] > 0, square.maximum(least), square)
+
+
+def squeeze(gram: Tensor, column: Tensor, free: Tensor, counters: Tensor, skip: Tensor) -> None:
+    """Raise the newest y.y, where ``skip``, until gamma is at most s.y / y.y of ``column``."""
+    slots, pairs = gram.shape[1], counters[Counter.PAIRS]
+    newest = ((counters[Counter.OLDEST_PAIR] + pairs - 1) % slots).reshape(1)
+    ratio = column.index_select(0, free)[0] / column[slots]
+    own = gram.index_select(1, newest)[:, 0]
+    least = own.index_select(0, newest)[0] / ratio
+    applies = skip & (pairs > 0) & (ratio > 0) & least.isfinite() & (own[slots] < least)
+    gram[slots].index_copy_(0, newest, torch.where(applies, least, own[slots])[None])
 
 
 def count_pair_update(

@@ -175,6 +175,8 @@ class Oracle:
             self.anchor, self.anchor_loss = average, loss
         else:
             self.skipped += 1
+            if self.pairs and self.damping:
+                self.gamma = min(self.gamma, torch.dot(s, y) / torch.dot(y, y))
 
     def _scale(self, s: Tensor, y: Tensor) -> None:
         """gamma of the scalar matrix; with damping its growth is bounded, too."""

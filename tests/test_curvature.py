@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from math import inf, nan
+from math import nan
 
 import pytest
 import torch
@@ -209,7 +209,7 @@ def test_dropped_steps_leave_the_averages_right(dropped, source, fused):
         if step in dropped:
             problem.params[0].grad[1, 1] = nan
         optimizer.step()
-    assert optimizer.stats()["stored"] == (3 if len(dropped) == 3 else 4)
+    assert optimizer.stats()["stored"] == (4 if dropped == [4] else 3)
     assert_secant(optimizer, problem)
 
 
@@ -224,7 +224,7 @@ def test_s_starts_where_the_last_stored_pair_ended(source, fused):
         if step % 3 == 0:
             averages.append(torch.zeros(11, dtype=torch.float64))
         averages[-1] += flat(problem.params) / 3
-        optimizer.param_groups[0]["min_curvature"] = inf if step == 8 else 1e-4
+        optimizer.param_groups[0]["min_curvature"] = 1e300 if step == 8 else 1e-4
         train(optimizer, problem, 1)
     stats = optimizer.stats()
     assert (stats["stored"], stats["skipped"]) == (2, 1)
@@ -239,7 +239,7 @@ def test_no_value_is_read_back(source):
     optimizer = optimizer_on(problem, source, damping=0.5, max_direction=1.0, momentum=0.9)
     for step in range(10):
         problem.set_gradients()
-        if step == 5:
+        if step == 4:
             problem.params[0].grad[1, 1] = nan
         with NoReadBack():
             optimizer.step()

@@ -59,7 +59,7 @@ def follow_the_textbook(fused, dtype, tolerance, ring_dtype=None, **options):
     oracle = Oracle(flat(params), monitor=lambda _: LOSSES[step // 3], **options)
     oracle.ring_dtype = ring_dtype or torch.float64
     for step in range(3 * len(LOSSES) + 2):
-        oracle.min_curvature = inf if step // 3 in SKIPPED else 0.0
+        oracle.min_curvature = 1e300 if step // 3 in SKIPPED else 0.0
         optimizer.param_groups[0]["min_curvature"] = oracle.min_curvature
         set_gradients(params, step)
         if step in DROPPED:
@@ -262,6 +262,8 @@ def test_sign_and_scale_come_before_every_safeguard(init, history_size, fused):
 )  # fmt: skip
 def test_a_safeguard_that_never_acts_changes_no_bit(never, init, dtype, fused):
     """Off is the limit of what is on."""
+    if init == "scalar" and "damping" in never:
+        pytest.skip("damped pairs bound the growth of the scalar matrix, too")
     options = dict(PAIRS, init=init, fused=fused, decay=never.get("decay", 0.9))
     a, b = twins(dtype, options, {**options, **never})
     for step in range(24):

@@ -78,6 +78,17 @@ ADAQN_HOST_DEVICE inline double kept_square(const PairRing& ring, const double* 
   return square < least ? least : square;
 }
 
+/// What a candidate that is not stored says of gamma, where its growth is bounded: the y.y of the
+/// newest pair, so large that gamma is at most s.y / y.y of the candidate.
+ADAQN_HOST_DEVICE inline double squeezed_square(const PairRing& ring, const double* column,
+                                                const double* gram) {
+  const int newest = ring.slot(ring.pairs - 1);
+  const double square = gram[ring.slots * ring.slots + newest];
+  const double ratio = column[ring.free_slot()] / column[ring.slots];
+  const double least = gram[newest * ring.slots + newest] / ratio;
+  return ratio > 0 && is_finite(least) && square < least ? least : square;
+}
+
 /// Every word that a pair update changes: a stored candidate's column of gram and its s.m, losses,
 /// counters.
 ADAQN_HOST_DEVICE inline void record_pair_update(PairUpdate outcome, int slots,
@@ -92,6 +103,12 @@ ADAQN_HOST_DEVICE inline void record_pair_update(PairUpdate outcome, int slots,
     for (int i = 0; i < slots; ++i) gram[i * slots + free] = column[i];
     gram[slots * slots + free] = square;
     moments[free] = column[slots + 1];
+  }
+  if (outcome == PairUpdate::skip && is_finite(rule.max_growth)) {
+    const PairRing ring(counters, slots);
+    if (ring.pairs > 0) {
+      gram[slots * slots + ring.slot(ring.pairs - 1)] = squeezed_square(ring, column, gram);
+    }
   }
   if (monitored != nullptr && outcome != PairUpdate::none) losses[loss::monitored] = *monitored;
   if (moves_anchor(outcome)) {

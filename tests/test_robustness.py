@@ -1,0 +1,624 @@
+"""Nothing silent: rounding, huge gradients, and what users change behind the optimizer's back."""
+
+import copy
+import signal
+from collections import defaultdict
+from math import inf, prod
+
+import pytest
+import torch
+from problems import assert_same, both_backends, plain_adaqn, random_parameters, set_gradients
+from problems import snapshot as snapshot_of
+from torch import nn
+
+from adaqn_cuda import AdaQN, ops
+
+F32, F64 = torch.float32, torch.float64
+PAIRS = dict(init="rmsprop", history_size=3, update_interval=2, fisher_size=3)
+
+
+def gradient(shape, rank, scale, seed, dtype=F64):
+    """Of norm ``scale`` and, as a matrix, of at most ``rank``."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = shape[0] if shape else 1
+    columns = prod(shape[1:]) if len(shape) > 1 else 1
+    left = torch.randn(rows, min(rank, rows, columns), generator=draw, dtype=F64)
+    right = torch.randn(left.shape[1], columns, generator=draw, dtype=F64)
+    g = (left @ right).reshape(shape)
+    return (g * (scale / g.norm())).float().to(dtype)
+
+
+def step_of(g, steps=1, **options):
+    """What so many steps with this gradient move, over lr, and in float64."""
+    p = nn.Parameter(torch.zeros_like(g))
+    optimizer = AdaQN([p], lr=0.01, **options)
+    for _ in range(steps):
+        p.grad = g.clone()
+        optimizer.step()
+    return p.detach().double() / 0.01
+
+
+def difference(mine, theirs):
+    return ((mine - theirs).norm() / theirs.norm()).item()
+
+
+# --------------------------------------------------------------------------- rounding
+
+MATRICES = [(1, 7), (7, 1), (8, 6), (6, 8), (4, 3, 3, 3), (5,), (64,), (65,), (30, 30), (3, 700)]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e20, 1e37])
+@pytest.mark.parametrize("rank", [1, 2, 30])
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_the_first_step_is_the_same_in_float32_and_float64(shape, rank, scale):
+    single, double = (step_of(gradient(shape, rank, scale, 1, dtype)) for dtype in (F32, F64))
+    assert difference(single, double) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e10])
+@pytest.mark.parametrize("rank", [1, 2, 30])
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_a_small_change_of_the_gradient_is_a_small_change_of_the_step(shape, rank, scale, dtype):
+    g = gradient(shape, rank, scale, 1, dtype)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=F64)
+    disturbed = (g.double() + 1e-7 * scale * noise / noise.norm()).to(dtype)
+    small = 1.5e-4 if dtype == F32 else 1e-4  # float32 rounds by about as much again
+    assert difference(step_of(disturbed), step_of(g)) < small
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_constant_gradient_of_rank_one_moves_along_itself(scale, dtype):
+    g = gradient((8, 6), 1, scale, 0, dtype)
+    moved, along = step_of(g, steps=300).flatten(), g.double().flatten() / g.double().norm()
+    length = moved @ along
+    assert length < -290
+    assert (moved - length * along).norm() < 1e-3 * length.abs()
+
+
+def test_the_loss_of_a_small_regression_does_not_rise_after_the_first_step():
+    risen = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        x = torch.randn(32, 8)
+        y = 100 * (x.sum(1, keepdim=True) + 3)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+        optimizer = AdaQN(model.parameters(), lr=0.01)
+        before = nn.functional.mse_loss(model(x), y)
+        before.backward()
+        optimizer.step()
+        risen += nn.functional.mse_loss(model(x), y).item() > before.item()
+    assert risen == 0
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_are_in_full_precision_whatever_torch_is_set_to(precision):
+    g = gradient((30, 20), 3, 1.0, 1, F32)
+    expected = step_of(g, steps=7)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(step_of(g, steps=7), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# --------------------------------------------------------------------------- huge gradients
+
+INITS = {
+    "kronecker": {},
+    "rmsprop": dict(init="rmsprop"),
+    "no memory": dict(init="rmsprop", decay=0.0),
+    "adagrad": dict(init="adagrad"),
+    "pairs": PAIRS,
+    "scalar": dict(PAIRS, init="scalar"),
+    "both": dict(history_size=3, update_interval=2),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("spike", [1e10, 2e19, 1e25, 3e38])
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("name", INITS)
+def test_huge_finite_gradients_leave_parameters_finite(name, everywhere, spike, dtype, fused):
+    p = nn.Parameter(torch.zeros(8, 6, dtype=dtype))
+    optimizer = AdaQN([p], lr=0.01, fused=fused, **INITS[name])
+    draw = torch.Generator().manual_seed(1)
+    for step in range(30):
+        p.grad = torch.randn(8, 6, generator=draw).to(dtype)
+        if step in (6, 13):
+            p.grad[(slice(None), slice(None)) if everywhere else (0, 0)] = spike
+        optimizer.step()
+        assert p.isfinite().all(), step
+    assert optimizer.stats()["steps_skipped"] == 0
+
+
+@pytest.mark.parametrize("spike", [1e10, 1e18, 1e25, 1e38])
+def test_one_huge_entry_does_not_freeze_a_factored_block(spike):
+    p = nn.Parameter(torch.zeros(8, 6))
+    optimizer = AdaQN([p], lr=0.01)
+    draw = torch.Generator().manual_seed(1)
+    for step in range(200):
+        p.grad = torch.randn(8, 6, generator=draw)
+        if step == 12:
+            p.grad[0, 0] = spike
+        before = p.detach().clone()
+        optimizer.step()
+    assert ((p - before).abs() > 1e-5).all()
+
+
+# --------------------------------------------------------------------------- no gradient
+
+
+@both_backends
+@pytest.mark.parametrize("name", INITS)
+def test_steps_without_any_gradient_change_nothing(name, fused):
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params, weight_decay=0.1, fused=fused, **INITS[name])
+    for step in range(5):
+        set_gradients(params, step)
+        optimizer.step()
+    before = snapshot_of(optimizer)
+    optimizer.zero_grad()
+    for _ in range(4):
+        optimizer.step()
+    assert_same(snapshot_of(optimizer), before)
+
+
+@both_backends
+@pytest.mark.parametrize("name", INITS)
+def test_frozen_parameters_stay_where_they_are(name, fused):
+    params = random_parameters([(4, 3), (5,), (3, 3)])
+    optimizer = AdaQN(params, weight_decay=0.1, fused=fused, **INITS[name])
+    for step in range(40):
+        set_gradients(params, step)
+        if step >= 8:
+            params[0].grad = None
+        if step == 8:
+            frozen = params[0].detach().clone()
+        optimizer.step()
+    assert torch.equal(params[0].detach(), frozen)
+
+
+# --------------------------------------------------------------------------- dropped steps
+
+
+@both_backends
+@pytest.mark.parametrize("source", ["fisher", "gradients", "product", "difference"])
+@pytest.mark.parametrize("init", ["rmsprop", "scalar", "kronecker"])
+def test_a_dropped_step_on_which_pairs_are_due_changes_nothing(init, source, fused):
+    (p,) = params = random_parameters([(4, 3)], F64)
+    curvature = (lambda s: {p: 2 * s[p]}) if source == "product" else source
+    losses = iter([1.0, 0.9, 0.8, 7.0])
+    optimizer = AdaQN(
+        params, init=init, history_size=3, update_interval=2, curvature=curvature, fused=fused,
+        curvature_closure=lambda: p.square().sum(), monitor=lambda: next(losses, 0.1),
+    )  # fmt: skip
+    for step in range(7):
+        set_gradients(params, step)
+        optimizer.step()
+    before = snapshot_of(optimizer)
+    set_gradients(params, 7)
+    p.grad[1, 1] = inf
+    optimizer.step()
+    after = snapshot_of(optimizer)
+    assert optimizer.stats()["steps_skipped"] == 1 and optimizer.stats()["resets"] == 0
+    changed = [key for key in before if not same(before[key], after[key])]
+    assert all("calls" in str(key) or "counters" in str(key) for key in changed), changed
+
+
+def same(mine, theirs):
+    if not isinstance(mine, torch.Tensor):
+        return mine == theirs
+    return torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("update_interval", [2, 10, 50])
+@pytest.mark.parametrize("eigenvalues", [[1.0, 2, 3, 4], [0.01, 0.1, 1, 10]])
+def test_scalar_matrix_with_fisher_pairs_stays_finite(eigenvalues, update_interval, noise):
+    """s.y / y.y grows without bound as the gradients vanish."""
+    matrix = torch.tensor(eigenvalues)
+    draw = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(4, generator=draw))
+    optimizer = AdaQN([p], lr=0.01, init="scalar", history_size=10, update_interval=update_interval)
+    for _ in range(1500):
+        p.grad = matrix * p.detach() + noise * torch.randn(4, generator=draw)
+        optimizer.step()
+    assert p.isfinite().all()
+
+
+# --------------------------------------------------------------------------- replaced tensors
+
+
+def train(optimizer, params, start, stop):
+    for step in range(start, stop):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def clone_state(optimizer, change):
+    for entry in optimizer.state.values():
+        for key, value in entry.items():
+            change(entry, key, value)
+
+
+CHANGES = {
+    "item": lambda entry, key, value: entry.update({key: value.clone()}),
+    "data": lambda entry, key, value: setattr(value, "data", value.clone()),
+    "dtype": lambda entry, key, value: entry.update({key: value.double()}),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", INITS)
+def test_replaced_state_goes_into_steps_and_checkpoints(name, change, fused):
+    mine, theirs = (random_parameters([(4, 3), (5,)]) for _ in range(2))
+    a, b = (AdaQN(params, fused=fused, **INITS[name]) for params in (mine, theirs))
+    for optimizer, params in ((a, mine), (b, theirs)):
+        train(optimizer, params, 0, 5)
+    clone_state(a, CHANGES[change])
+    for optimizer, params in ((a, mine), (b, theirs)):
+        train(optimizer, params, 5, 12)
+    assert_same(snapshot_of(a), snapshot_of(b))
+    resumed = AdaQN(theirs, fused=fused, **INITS[name])
+    resumed.load_state_dict(a.state_dict())
+    assert resumed._calls == 12
+
+
+@both_backends
+def test_state_that_is_emptied_begins_anew(fused):
+    mine, theirs = (random_parameters([(4, 3), (5,)]) for _ in range(2))
+    a = AdaQN(mine, fused=fused, **PAIRS)
+    train(a, mine, 0, 5)
+    a.state = defaultdict(dict)
+    for p, q in zip(mine, theirs, strict=True):
+        q.data = p.detach().clone()
+    b = AdaQN(theirs, fused=fused, **PAIRS)
+    for optimizer, params in ((a, mine), (b, theirs)):
+        train(optimizer, params, 0, 5)
+    assert_same(snapshot_of(a), snapshot_of(b))
+
+
+@both_backends
+@pytest.mark.parametrize("name", INITS)
+def test_a_replaced_parameter_is_stepped_and_the_old_one_is_not(name, fused):
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params, fused=fused, **INITS[name])
+    train(optimizer, params, 0, 9)
+    old, new = params[0], nn.Parameter(torch.ones(2, 3))
+    kept = old.detach().clone()
+    optimizer.param_groups[0]["params"][0] = params[0] = new
+    train(optimizer, params, 9, 20)
+    assert torch.equal(old, kept) and not torch.equal(new, torch.ones(2, 3))
+    assert old not in optimizer.state and optimizer.state[new]
+    twin = copy.deepcopy(optimizer)
+    twin.load_state_dict(optimizer.state_dict())
+
+
+@both_backends
+def test_parameters_put_in_and_taken_out_by_hand(fused):
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params, fused=fused, **INITS["both"])
+    train(optimizer, params, 0, 6)
+    params.append(nn.Parameter(torch.zeros(2)))
+    optimizer.param_groups[0]["params"].append(params[2])
+    train(optimizer, params, 6, 12)
+    assert params[2].abs().min() > 0
+    del params[0], optimizer.param_groups[0]["params"][0]
+    train(optimizer, params, 12, 18)
+    assert len(optimizer.state) == 2
+
+
+@both_backends
+def test_data_of_another_shape_is_refused(fused):
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params, fused=fused)
+    train(optimizer, params, 0, 3)
+    params[0].data = params[0].data.reshape(3, 4)
+    set_gradients(params, 3)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="parameter 0"):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))
+
+
+@both_backends
+def test_expanded_parameters_are_refused(fused):
+    p = nn.Parameter(torch.zeros(1).expand(4))
+    p.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="clone"):
+        AdaQN([p], fused=fused).step()
+
+
+@both_backends
+@pytest.mark.parametrize("name", INITS)
+def test_a_module_may_change_its_dtype(name, fused):
+    module = nn.Linear(3, 4)
+    optimizer = AdaQN(module.parameters(), fused=fused, **INITS[name])
+    params = list(module.parameters())
+    train(optimizer, params, 0, 5)
+    for change in (module.double, module.bfloat16, module.float):
+        change()
+        for p in params:
+            p.grad = None
+        train(optimizer, params, 5, 9)
+        assert all(p.isfinite().all() for p in params)
+    assert optimizer.state[params[0]]["counters"].dtype == torch.int64
+
+
+# --------------------------------------------------------------------------- options
+
+
+@both_backends
+@pytest.mark.parametrize("name", ["rmsprop", "pairs", "both", "kronecker"])
+def test_momentum_may_be_raised_from_zero(name, fused):
+    """OneCycleLR and CyclicLR do."""
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params, fused=fused, **{**INITS[name], "momentum": 0.0})
+    train(optimizer, params, 0, 6)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(optimizer, params, 6, 12)
+    assert optimizer.state[params[0]]["momentum"].abs().max() > 0
+    saved = copy.deepcopy(optimizer.state_dict())
+    twins = random_parameters([(4, 3), (5,)])
+    for p, q in zip(params, twins, strict=True):
+        q.data = p.detach().clone()
+    resumed = AdaQN(twins, fused=fused, **{**INITS[name], "momentum": 0.0})
+    resumed.load_state_dict(saved)
+    for o, own in ((optimizer, params), (resumed, twins)):
+        train(o, own, 12, 15)
+        o.param_groups[0]["momentum"] = 0.0
+        train(o, own, 15, 18)
+        o.param_groups[0]["momentum"] = 0.5
+        train(o, own, 18, 20)
+    assert_same(snapshot_of(optimizer), snapshot_of(resumed))
+
+
+STRUCTURAL = dict(
+    history_size=5, fisher_size=7, init="adagrad", curvature="gradients", max_factor_dim=3,
+    max_vector_dim=2, history_dtype=torch.bfloat16, fisher_dtype=torch.bfloat16,
+)  # fmt: skip
+
+
+@both_backends
+@pytest.mark.parametrize("option", [*STRUCTURAL, "decay", "lr", "eps"])
+def test_options_that_cannot_change_are_refused_before_anything_is_written(option, fused):
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params, fused=fused, **PAIRS)
+    train(optimizer, params, 0, 5)
+    before = snapshot_of(optimizer)
+    good = optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = STRUCTURAL.get(option, -1.0)
+    set_gradients(params, 5)
+    with pytest.raises((RuntimeError, ValueError), match=option):
+        optimizer.step()
+    optimizer.param_groups[0][option] = good
+    assert_same(snapshot_of(optimizer), before)
+    optimizer.step()
+
+
+@both_backends
+def test_a_common_option_changed_in_one_group_only_is_refused(fused):
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN([{"params": [p]} for p in params], fused=fused)
+    train(optimizer, params, 0, 2)
+    optimizer.param_groups[1]["decay"] = 0.5
+    set_gradients(params, 2)
+    with pytest.raises(ValueError, match="decay"):
+        optimizer.step()
+
+
+@both_backends
+@pytest.mark.parametrize("name", INITS)
+def test_a_warm_up_from_zero_counts_the_same_by_value_and_as_a_tensor(name, fused):
+    ends = []
+    for lr in (0.01, torch.tensor(0.01, dtype=F64)):
+        params = random_parameters([(4, 3), (5,)])
+        optimizer = AdaQN(params, lr=lr, fused=fused, **INITS[name])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(t / 5, 1))
+        for step in range(12):
+            set_gradients(params, step)
+            optimizer.step()
+            schedule.step()
+            optimizer.state_dict()  # a look at the state is none at the schedule
+        ends.append(snapshot_of(optimizer))
+        assert optimizer._calls == 12
+    assert_same(*ends)
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def test_state_dicts_of_other_optimizers_are_refused_with_what_was_found():
+    params = random_parameters([(4, 3)])
+    adam = torch.optim.Adam(params)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another optimizer.*betas.*expected.*history_size"):
+            AdaQN(params).load_state_dict(adam.state_dict())
+        set_gradients(params, 0)
+        adam.step()
+    for broken in ({}, {"state": {}}, None, {"state": {}, "param_groups": [{}]}):
+        with pytest.raises(ValueError, match="state_dict"):
+            AdaQN(params).load_state_dict(broken)
+
+
+@pytest.mark.parametrize("option", sorted(AdaQN([torch.zeros(1)]).defaults) + ["blocks"])
+def test_an_option_that_an_older_version_did_not_save_is_filled_in(option):
+    params = random_parameters([(4, 3)])
+    optimizer = AdaQN(params, **PAIRS)
+    train(optimizer, params, 0, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0][option]
+    other = AdaQN(params, **PAIRS)
+    other.load_state_dict(saved)
+    assert other.param_groups[0][option] == optimizer.param_groups[0][option]
+    train(other, params, 3, 5)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_options_in_a_state_dict_are_checked(stepped):
+    params = random_parameters([(4, 3)])
+    optimizer = AdaQN(params)
+    train(optimizer, params, 0, 2 * stepped)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["momentum"] = 7.0
+    with pytest.raises(ValueError, match="momentum"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["momentum"] == 0.8
+
+
+def test_counters_that_point_outside_the_rings_are_refused():
+    params = random_parameters([(4, 3)])
+    optimizer = AdaQN(params, **PAIRS)
+    train(optimizer, params, 0, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["counters"][1] = 99
+    with pytest.raises(ValueError, match="OLDEST_PAIR"):
+        AdaQN(params, **PAIRS).load_state_dict(saved)
+
+
+# --------------------------------------------------------------------------- interrupts
+
+
+def interrupting(monkeypatch, name, when, action):
+    """Let ``action`` happen before or after the operation ``name``."""
+    for namespace in (ops._DISPATCHED, ops._REFERENCE):
+        operation = getattr(namespace, name)
+
+        def wrapped(*arguments, operation=operation):
+            if when == "before":
+                action()
+            operation(*arguments)
+            if when == "after":
+                action()
+
+        monkeypatch.setattr(namespace, name, wrapped)
+
+
+@both_backends
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("operation", sorted(ops.SCHEMAS))
+@pytest.mark.parametrize("name", INITS)
+def test_an_interrupt_waits_until_the_step_is_whole(name, operation, when, fused, monkeypatch):
+    params, twins = (random_parameters([(4, 3), (5,)]) for _ in range(2))
+    a, b = (AdaQN(ps, fused=fused, **INITS[name]) for ps in (params, twins))
+    if a.defaults["history_size"]:
+        a.monitor = b.monitor = lambda: 1.0
+    for optimizer, ps in ((a, params), (b, twins)):
+        train(optimizer, ps, 0, 5)
+        set_gradients(ps, 5)
+    b.step()
+    hits = []
+
+    def action():
+        hits.append(operation)
+        signal.raise_signal(signal.SIGINT)
+
+    interrupting(monkeypatch, operation, when, action)
+    try:
+        a.step()
+        assert not hits
+    except KeyboardInterrupt:
+        assert hits
+    assert_same(snapshot_of(a), snapshot_of(b))
+
+
+@both_backends
+def test_an_exception_after_the_swap_leaves_no_average(fused, monkeypatch):
+    params = random_parameters([(4, 3)])
+    optimizer = plain_adaqn(params, update_interval=3, fused=fused)
+    optimizer.monitor = lambda: 1.0
+    train(optimizer, params, 0, 5)
+    before = snapshot_of(optimizer)
+    set_gradients(params, 5)
+
+    def raising():
+        raise KeyboardInterrupt
+
+    interrupting(monkeypatch, "iterate_swap", "after", raising)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert_same(snapshot_of(optimizer), before)
+
+
+@both_backends
+def test_an_interrupt_reaches_a_monitor_at_once(fused):
+    params = random_parameters([(4, 3)])
+    optimizer = plain_adaqn(params, update_interval=3, fused=fused)
+    reached = []
+
+    def monitor():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(True)
+        return 1.0
+
+    optimizer.monitor = monitor
+    train(optimizer, params, 0, 2)
+    before = snapshot_of(optimizer)
+    set_gradients(params, 2)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert not reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(snapshot_of(optimizer), before)
+
+
+@both_backends
+def test_a_step_that_failed_halfway_says_so(fused, monkeypatch):
+    params = random_parameters([(4, 3)])
+    optimizer = AdaQN(params, fused=fused)
+    train(optimizer, params, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def raising():
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        interrupting(patch, "direction_pass3", "before", raising)
+        set_gradients(params, 2)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    for call in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match="halfway.*load"):
+            call()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
+# --------------------------------------------------------------------------- where one steps
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_a_step_under_a_default_device_and_in_inference_mode(name):
+    ends = []
+    for context in (None, torch.device("meta"), torch.inference_mode()):
+        params = random_parameters([(4, 3), (5,)])
+        optimizer = AdaQN(params, **INITS[name])
+        for step in range(6):
+            set_gradients(params, step)
+            if context is None or step % 2:
+                optimizer.step()
+            else:
+                with context:
+                    optimizer.step()
+        ends.append(snapshot_of(optimizer))
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_meta_parameters_tell_their_bytes_and_step(name):
+    shapes = [(40, 30), (5,)]
+    meta = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    optimizer = AdaQN(meta, **INITS[name])
+    real = AdaQN(random_parameters(shapes), **INITS[name])
+    assert optimizer.stats()["state_bytes"] == real.stats()["state_bytes"]
+    assert "bytes per parameter" in repr(optimizer)
+    for p in meta:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
