@@ -21,7 +21,7 @@ from .kronecker import Kronecker
 from .layout import Counter, Loss
 from .options import CHECKS, LiveOptions, check_callable, validate, validate_group
 from .precision import full_precision
-from .saved import check_state_dict, with_defaults
+from .saved import check_mapping, check_state_dict, with_defaults
 from .step import Call, Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_memory
 
@@ -572,6 +572,7 @@ class AdaQN(Optimizer):
             self._incoming = self._read(final)
             return final
 
+        check_mapping(state_dict)  # which torch takes for granted
         # Registered last, it sees what other hooks made of the dict, before torch casts it.
         handle = self.register_load_state_dict_pre_hook(read)
         try:

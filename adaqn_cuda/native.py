@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+#: Types of devices for which there may be native kernels.
+SERVED = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
 #: What a failed build leaves in the built package: its reason, in one line.
 BUILD_FAILURE = PACKAGE / "_build_failure.txt"
@@ -86,7 +88,8 @@ def obstacle(device_type: str) -> str | None:
     missing = library_obstacle()
     if missing is not None:
         return missing
-    if torch._C._dispatch_has_kernel_for_dispatch_key("adaqn::direction_step", device_type.upper()):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if device_type in SERVED and has_kernel("adaqn::direction_step", device_type.upper()):
         return None
     if device_type == "cuda":
         reason = read_record(library_path()).without_cuda

@@ -82,6 +82,11 @@ def gradient_vector(
     return -g if maximize else g
 
 
+def finite_or_zero(products: Tensor) -> Tensor:
+    """Products of vectors, 0 where they have overflowed: a step without those pairs' share."""
+    return torch.where(products.isfinite(), products, 0.0)
+
+
 def presence(params: list[Tensor], grads: list[Tensor | None]) -> Tensor | bool:
     """Which elements of the flat vectors belong to parameters with a gradient; ``True``: all."""
     if all(g is not None for g in grads):
@@ -330,7 +335,7 @@ def direction_pass1(
     slots = s_ring.shape[0]
     of_m, of_g = old_and_new(counters, beta)
     s_g = (s_ring.to(g.dtype) @ g) * clip_factor(projections, max_grad_norm)
-    projections[:slots] = of_m * moments + of_g * s_g
+    projections[:slots] = of_m * moments + of_g * finite_or_zero(s_g)
 
 
 def moving_moments(
@@ -405,7 +410,7 @@ def direction_pass2(
         q, r = gamma * q, gamma * r
     direction.copy_(r)
     if not identity:
-        images[:-1] = y @ r
+        images[:-1] = finite_or_zero(y @ r)
         images[-1] = q.double().square().sum()
     if len(fisher):
         slot = counters[Counter.NEXT_GRADIENT].reshape(1)
@@ -457,7 +462,7 @@ def direction_images(
     direction: Tensor, y_ring: Tensor, counters: Tensor, projections: Tensor, images: Tensor
 ) -> None:
     """z_i = y_i.r for every slot: the end of pass 2 where the initial matrix is no diagonal."""
-    images[:-1] = y_ring.to(direction.dtype) @ direction
+    images[:-1] = finite_or_zero(y_ring.to(direction.dtype) @ direction)
 
 
 def direction_pass3(

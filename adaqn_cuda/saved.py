@@ -13,14 +13,19 @@ _OWN = ("history_size", "update_interval", "init", "fisher_size")
 _COMMON = ("params", "lr", "weight_decay", "maximize", "foreach", "capturable", "differentiable")
 
 
-def check_state_dict(state_dict: Any) -> None:
-    """Raise ``ValueError`` unless an AdaQN saved this."""
+def check_mapping(state_dict: Any) -> None:
+    """Raise ``ValueError`` unless this is a state dict of any optimizer."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(
             f"state_dict: expected a dict with 'state' and 'param_groups', got {found}; pass what "
             "AdaQN.state_dict() returned"
         )
+
+
+def check_state_dict(state_dict: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless an AdaQN saved this."""
+    check_mapping(state_dict)
     for index, group in enumerate(state_dict["param_groups"]):
         if "params" not in group:
             raise ValueError(

@@ -12,6 +12,7 @@ from problems import snapshot as snapshot_of
 from torch import nn
 
 from adaqn_cuda import AdaQN, ops
+from adaqn_cuda.layout import Counter
 
 F32, F64 = torch.float32, torch.float64
 PAIRS = dict(init="rmsprop", history_size=3, update_interval=2, fisher_size=3)
@@ -206,14 +207,10 @@ def test_a_dropped_step_on_which_pairs_are_due_changes_nothing(init, source, fus
     optimizer.step()
     after = snapshot_of(optimizer)
     assert optimizer.stats()["steps_skipped"] == 1 and optimizer.stats()["resets"] == 0
-    changed = [key for key in before if not same(before[key], after[key])]
-    assert all("calls" in str(key) or "counters" in str(key) for key in changed), changed
-
-
-def same(mine, theirs):
-    if not isinstance(mine, torch.Tensor):
-        return mine == theirs
-    return torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+    for _, (entry,) in (before, after):
+        del entry["calls"]
+        entry["counters"][Counter.STEPS_SKIPPED] = 0
+    assert_same(before, after)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -505,6 +502,7 @@ def interrupting(monkeypatch, name, when, action):
 @pytest.mark.parametrize("operation", sorted(ops.SCHEMAS))
 @pytest.mark.parametrize("name", INITS)
 def test_an_interrupt_waits_until_the_step_is_whole(name, operation, when, fused, monkeypatch):
+    """Or, where a function of the user's is about to be called, until nothing has changed yet."""
     params, twins = (random_parameters([(4, 3), (5,)]) for _ in range(2))
     a, b = (AdaQN(ps, fused=fused, **INITS[name]) for ps in (params, twins))
     if a.defaults["history_size"]:
@@ -512,6 +510,7 @@ def test_an_interrupt_waits_until_the_step_is_whole(name, operation, when, fused
     for optimizer, ps in ((a, params), (b, twins)):
         train(optimizer, ps, 0, 5)
         set_gradients(ps, 5)
+    before = snapshot_of(a)
     b.step()
     hits = []
 
@@ -525,7 +524,8 @@ def test_an_interrupt_waits_until_the_step_is_whole(name, operation, when, fused
         assert not hits
     except KeyboardInterrupt:
         assert hits
-    assert_same(snapshot_of(a), snapshot_of(b))
+    observing = a.monitor is not None and operation in ("direction_pass1", "iterate_swap")
+    assert_same(snapshot_of(a), before if observing else snapshot_of(b))
 
 
 @both_backends

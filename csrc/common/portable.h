@@ -15,4 +15,7 @@ ADAQN_HOST_DEVICE inline bool is_finite(T x) {
   return x - x == T(0);
 }
 
+/// A product of vectors, or 0 where it has overflowed: a step without that pair's share.
+ADAQN_HOST_DEVICE inline double finite_or_zero(double x) { return is_finite(x) ? x : 0; }
+
 }  // namespace adaqn

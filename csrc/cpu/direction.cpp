@@ -49,7 +49,7 @@ void pass1(ParallelFor parallel_for, const Pass1& a, T, R) {
   std::fill_n(a.projections, ring.slots, 0.0);
   for (int age = 0; age < ring.pairs; ++age) {
     const int i = ring.slot(age);
-    a.projections[i] = look.projection(a.moments[i], clip * total[age]);
+    a.projections[i] = look.projection(a.moments[i], finite_or_zero(clip * total[age]));
   }
 }
 
@@ -107,7 +107,8 @@ void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
   };
   for_chunks(parallel_for, a.gradient.tensors.size(), Order::backward, chunk);
   if (a.identity) return;
-  const auto total = partial.total();
+  auto total = partial.total();
+  std::transform(total.begin(), total.end(), total.begin(), finite_or_zero);
   scatter_by_slot(total.data(), ring, a.images);
   a.images[ring.slots] = total[ring.pairs];
 }
@@ -125,7 +126,9 @@ void images(ParallelFor parallel_for, const Images& a, T, R) {
     });
   };
   for_chunks(parallel_for, a.y_ring.columns, Order::backward, chunk);
-  scatter_by_slot(partial.total().data(), ring, a.images);
+  auto total = partial.total();
+  std::transform(total.begin(), total.end(), total.begin(), finite_or_zero);
+  scatter_by_slot(total.data(), ring, a.images);
 }
 
 /// p = r + sum_i c_i s_i, of which r is in memory.

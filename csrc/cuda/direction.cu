@@ -92,7 +92,7 @@ __device__ void collect_images(const StepMemory<T>& memory, bool with_square,
   const PairRing ring = memory.ring();
   sum_partials<T>(partials, ring.pairs + with_square, memory.totals);
   for (int age = threadIdx.x; age < memory.slots; age += blockDim.x) {
-    memory.images[ring.slot(age)] = age < ring.pairs ? memory.totals[age] : 0.0;
+    memory.images[ring.slot(age)] = age < ring.pairs ? finite_or_zero(memory.totals[age]) : 0.0;
   }
   if (with_square && threadIdx.x == 0) memory.images[memory.slots] = memory.totals[ring.pairs];
   __syncthreads();

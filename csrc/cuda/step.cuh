@@ -63,7 +63,8 @@ __device__ void collect_projections(const State& state, const Scaling& scaling,
   weigh(averages, scaling.max_grad_norm, memory);
   const StepWeights& weights = *memory.weights;
   for (int age = threadIdx.x; age < memory.slots; age += blockDim.x) {
-    const double s_g = age < ring.pairs ? weights.clip * memory.totals[kCounts + age] : 0.0;
+    const double s_g =
+        age < ring.pairs ? finite_or_zero(weights.clip * memory.totals[kCounts + age]) : 0.0;
     const int slot = ring.slot(age);
     memory.projections[slot] = weights.look_ahead.projection(state.moments[slot], s_g);
   }
