@@ -45,12 +45,16 @@ class AdaQN(Optimizer):
     :math:`H^0` is one of
 
     - ``"kronecker"``: for a matrix block :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
-      Q_R) / \sqrt{v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the averages of
-      :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`,
-      close to `SOAP`_; a vector is a matrix of one column;
+      Q_R) / \sqrt{v + c^2 \max v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the
+      averages of :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of
+      :math:`(Q_L^\top G Q_R)^2`, close to `SOAP`_; a vector is a matrix of one column. The floor
+      keeps rounding out of the step: :math:`c` is about 3e-3 at first and falls, as :math:`v`
+      forgets, to a thousand times the rounding error, 1e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
       average, or the sum, of :math:`g^2`;
-    - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none.
+    - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none; with
+      ``damping``, it grows by at most ``1 + 0.5 / update_interval`` from pair to pair, and a pair
+      that fails the curvature test lowers it to its own.
 
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
@@ -130,18 +134,31 @@ class AdaQN(Optimizer):
         differentiable (bool, optional): must be ``False``.
 
     ``lr``, ``weight_decay`` and ``blocks`` may differ between parameter groups; everything else is
-    common to all, because the curvature is one matrix. Parameters without a gradient count as
-    having a zero gradient.
+    common to all, because the curvature is one matrix. Options may be changed while training, but
+    for those that give the state its shape; a change that cannot be honoured raises at the next
+    step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
+    without any gradient does nothing and is not counted.
+
+    The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
+    is finite, and ``"kronecker"`` divides a gradient that is more than 1,000 times as long as the
+    root of the average :math:`|g|^2` down to that.
 
     A step whose gradient holds an infinity or a NaN (or overflowed under
     :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]``. If the
-    gradient, the closure, the monitor or ``curvature`` raises, nothing has changed either.
+    gradient, the closure, the monitor or ``curvature`` raises, nothing has changed either. Ctrl-C
+    waits until a step is whole, or reaches a function of yours at once.
+
+    Parameters, and tensors in ``state``, may be replaced, and parameters put into a group or taken
+    out of it by hand: the next step goes on with what it finds. New parameters begin without state;
+    pairs are dropped where a parameter has gone.
 
     Raises:
         ValueError: an option is out of range, a common option differs between groups, or something
             is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
         RuntimeError: ``fused=True`` without native kernels, or ``differentiable=True``.
+
+    :meth:`step` raises these, too, for options that have been changed since.
 
     Example:
         >>> optimizer = AdaQN(model.parameters(), lr=0.01, blocks=rnn_blocks(model))
@@ -372,8 +389,12 @@ class AdaQN(Optimizer):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a closure is used under
-                :class:`torch.amp.GradScaler`. Nothing has changed then.
+            RuntimeError: a gradient is sparse, a closure is used under
+                :class:`torch.amp.GradScaler`, an option has changed that gives the state its shape,
+                or elements of a parameter overlap. Nothing has changed then. Or: the step before
+                failed halfway.
+            ValueError: an option is out of range, or parameters have changed their shapes. Nothing
+                has changed then.
             TypeError: the monitor returned something else than a real number. Nothing has
                 changed then.
         """
