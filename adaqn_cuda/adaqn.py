@@ -244,6 +244,7 @@ class AdaQN(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
+            _drop_duplicates(group)
             _check_dtypes(group["params"])
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
@@ -649,6 +650,16 @@ class AdaQN(Optimizer):
 def _longest(common: dict[str, Any]) -> dict[str, int]:
     """The longest sides that are factored."""
     return {name: common[name] for name in ("max_factor_dim", "max_vector_dim")}
+
+
+def _drop_duplicates(group: dict[str, Any]) -> None:
+    """A parameter that is given twice, of which torch has warned, is stepped once."""
+    params = group["params"]
+    first = sorted({id(p): i for i, p in reversed(list(enumerate(params)))}.values())
+    if len(first) < len(params):
+        for name in ("params", "param_names"):
+            if name in group:
+                group[name] = [group[name][i] for i in first]
 
 
 def _check_dtypes(params: list[Tensor]) -> None:

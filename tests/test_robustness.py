@@ -325,6 +325,17 @@ def test_data_of_another_shape_is_refused(fused):
 
 
 @both_backends
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_given_twice_is_stepped_once(fused):
+    ours, theirs = (random_parameters([(4, 3), (5,)]) for _ in range(2))
+    a = AdaQN([ours[0], ours[1], ours[0]], fused=fused)
+    b = AdaQN(theirs, fused=fused)
+    for optimizer, params in ((a, ours), (b, theirs)):
+        train(optimizer, params, 0, 4)
+    assert_same(snapshot_of(a), snapshot_of(b))
+
+
+@both_backends
 def test_expanded_parameters_are_refused(fused):
     p = nn.Parameter(torch.zeros(1).expand(4))
     p.grad = torch.ones(4)
