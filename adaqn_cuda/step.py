@@ -353,13 +353,23 @@ class Call:
             a.fisher, a.iterate_sum, a.anchor, a.counters, a.projections, a.weights, image,
             a.momentum, a.s_ring, a.y_ring, a.column,
         )  # fmt: skip
+        standing = self._standing_if_reset(loss)
         op.curvature_commit(
             self.params, a.column, a.projections, loss, common["min_curvature"],
             common["max_increase"], self.settings.max_growth(), a.gram, a.moments, a.losses,
             a.anchor, a.iterate_sum, a.momentum, a.counters,
         )  # fmt: skip
+        for p, w in standing:
+            p.copy_(w)
         if a.gradient_sum is not None:
             move_anchor_gradient(a, average, before)
+
+    def _standing_if_reset(self, loss: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Parameters that a reset, which moves all, must leave alone, and where they are."""
+        if loss is None:
+            return []
+        pairs = zip(self.params, self.grads, strict=True)
+        return [(p, p.clone()) for p, g in pairs if g is None]
 
     def _initial_product(self) -> Tensor:
         """B0 s of the candidate, in the scratch that a step has done with."""

@@ -174,6 +174,9 @@ def test_steps_without_any_gradient_change_nothing(name, fused):
 def test_frozen_parameters_stay_where_they_are(name, fused):
     params = random_parameters([(4, 3), (5,), (3, 3)])
     optimizer = AdaQN(params, weight_decay=0.1, fused=fused, **INITS[name])
+    if optimizer.defaults["history_size"]:
+        losses = iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 9.0, 0.4, 0.3, 9.0])
+        optimizer.monitor = lambda: next(losses, 0.1)
     for step in range(40):
         set_gradients(params, step)
         if step >= 8:
@@ -182,6 +185,7 @@ def test_frozen_parameters_stay_where_they_are(name, fused):
             frozen = params[0].detach().clone()
         optimizer.step()
     assert torch.equal(params[0].detach(), frozen)
+    assert optimizer.monitor is None or optimizer.stats()["resets"] == 2
 
 
 # --------------------------------------------------------------------------- dropped steps
