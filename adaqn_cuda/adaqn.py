@@ -48,8 +48,8 @@ class AdaQN(Optimizer):
       Q_R) / \sqrt{v + c^2 \max v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the
       averages of :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of
       :math:`(Q_L^\top G Q_R)^2`, close to `SOAP`_; a vector is a matrix of one column. The floor
-      keeps rounding out of the step: :math:`c` is about 3e-3 at first and falls, as :math:`v`
-      forgets, to a thousand times the rounding error, 1e-4 in float32;
+      keeps rounding out of the step: :math:`c` is 3e-3 at first and falls as :math:`1/t^2` to a
+      thousand times the rounding error, 1.2e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
       average, or the sum, of :math:`g^2`;
     - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none; with

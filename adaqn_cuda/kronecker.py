@@ -48,8 +48,8 @@ FIRST_CALLS = 10
 FIRST_ITERATIONS = 10
 #: Multiple of the mean eigenvalue that is added to L and R before their eigenbases are sought.
 DAMPING = 1e-3
-#: Roots of the floor under v: the part that stays, in units of the state's rounding error, and the
-#: part that is forgotten as v forgets.
+#: Roots of the floor under v: the part that stays, in units of the state's rounding error, and that
+#: of the first step.
 NOISE_FLOOR, FIRST_FLOOR = 1e3, 3e-3
 #: Entries of the factors that are refreshed at a time; bounds the float64 scratch memory.
 CHUNK = 2**24
@@ -69,20 +69,19 @@ def schedule(calls: int, interval: int) -> tuple[bool, int]:
     return taken, FIRST_ITERATIONS if calls == 1 else int(calls % interval == 0)
 
 
-def floor_under(accepted: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
+def floor_under(accepted: Tensor, dtype: torch.dtype) -> Tensor:
     """The floor under v, as a share of the largest v.
 
-    A part stays: a thousand times the rounding error, squared.  At first there is more, as one
-    square says little about an average; a problem solved to high precision in float64 ends up with
-    v that differ by many orders of magnitude, so that part fades.
+    A part stays: a thousand times the rounding error, squared.  At first there is more, as a few
+    squares say little about an average.  That part falls as 1 / t^4: a problem solved to high
+    precision in float64 ends up with v that differ by many orders of magnitude.
 
     Args:
         accepted: 0-d; steps before this one.
-        decay: of v.
         dtype: of the state.
     """
     noise = NOISE_FLOOR * torch.finfo(dtype).eps
-    return noise**2 + FIRST_FLOOR**2 * decay ** accepted.double()
+    return noise**2 + FIRST_FLOOR**2 / (accepted + 1).double() ** 4
 
 
 # --------------------------------------------------------------------------- layout

@@ -243,7 +243,7 @@ class Call:
     def _spectrum(self, pending: int) -> dict[str, Any]:
         """What is made of v, before a step is counted or after; see :meth:`Kronecker.apply`."""
         accepted = (self.a.counters[Counter.ACCEPTED] + pending - 1).clamp(min=0)
-        floor = floor_under(accepted, self.common["decay"], self.a.dtype)
+        floor = floor_under(accepted, self.a.dtype)
         return {
             "correction": self._correction(pending).to(self.a.dtype),
             "eps": self.common["eps"],

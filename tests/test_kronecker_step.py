@@ -105,7 +105,7 @@ class DenseOracle(Oracle):
     def floor(self):
         """A thousand roundings, and a part that fades."""
         noise = 1e3 * torch.finfo(parameters_of(self.optimizer)[0].dtype).eps
-        return noise**2 + 9e-6 * self.decay ** (self.accepted - 1)
+        return noise**2 + 9e-6 / self.accepted**4
 
     def dense(self, power):
         correction = 1 - self.decay**self.accepted if self.bias_correction else 1.0

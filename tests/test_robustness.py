@@ -71,11 +71,13 @@ def test_a_small_change_of_the_gradient_is_a_small_change_of_the_step(shape, ran
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_constant_gradient_of_rank_one_moves_along_itself(scale, dtype):
-    g = gradient((8, 6), 1, scale, 0, dtype)
-    moved, along = step_of(g, steps=300).flatten(), g.double().flatten() / g.double().norm()
+    left, right = torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=F64)
+    g = scale * torch.outer(left / left.norm(), right[:6] / right[:6].norm())
+    moved, along = step_of(g.to(dtype), steps=300).flatten(), g.flatten() / g.norm()
     length = moved @ along
     assert length < -290
-    assert (moved - length * along).norm() < 1e-3 * length.abs()
+    small = 3e-3 if dtype == F32 else 1e-6  # where float32 has rounded g, it does move
+    assert (moved - length * along).norm() < small * length.abs()
 
 
 def test_the_loss_of_a_small_regression_does_not_rise_after_the_first_step():
@@ -173,7 +175,8 @@ def test_steps_without_any_gradient_change_nothing(name, fused):
 @pytest.mark.parametrize("name", INITS)
 def test_frozen_parameters_stay_where_they_are(name, fused):
     params = random_parameters([(4, 3), (5,), (3, 3)])
-    optimizer = AdaQN(params, weight_decay=0.1, fused=fused, **INITS[name])
+    options = {**INITS[name], "update_interval": 3}  # an average of three equal numbers rounds
+    optimizer = AdaQN(params, weight_decay=0.1, fused=fused, **options)
     if optimizer.defaults["history_size"]:
         losses = iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 9.0, 0.4, 0.3, 9.0])
         optimizer.monitor = lambda: next(losses, 0.1)
