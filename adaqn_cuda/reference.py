@@ -807,7 +807,7 @@ def kept_square(
     """y.y, or the least that keeps s.y / y.y within ``max_growth`` times the newest pair's."""
     square = column[-2]
     least = column.index_select(0, free)[0] / (max_growth * scalar_initial_matrix(gram, counters))
-    return torch.where(counters[Counter.PAIRS] > 0, square.maximum(least), square)
+    return torch.where((counters[Counter.PAIRS] > 0) & (square < least), least, square)
 
 
 def squeeze(gram: Tensor, column: Tensor, free: Tensor, counters: Tensor, skip: Tensor) -> None:

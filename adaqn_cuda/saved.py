@@ -14,18 +14,21 @@ _COMMON = ("params", "lr", "weight_decay", "maximize", "foreach", "capturable", 
 
 
 def check_mapping(state_dict: Any) -> None:
-    """Raise ``ValueError`` unless this is a state dict of any optimizer."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+    """Raise ``ValueError`` unless this is a dict of any kind."""
+    if not isinstance(state_dict, Mapping):
         raise ValueError(
-            f"state_dict: expected a dict with 'state' and 'param_groups', got {found}; pass what "
+            f"state_dict: expected a dict, got {type(state_dict).__name__}; pass what "
             "AdaQN.state_dict() returned"
         )
 
 
 def check_state_dict(state_dict: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless an AdaQN saved this."""
-    check_mapping(state_dict)
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "state_dict: expected a dict with 'state' and 'param_groups', got "
+            f"{sorted(map(str, state_dict))}; pass what AdaQN.state_dict() returned"
+        )
     for index, group in enumerate(state_dict["param_groups"]):
         if "params" not in group:
             raise ValueError(

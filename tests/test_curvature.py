@@ -163,7 +163,7 @@ def test_every_source_follows_the_textbook(source, init, fused):
         assert (after - oracle.w).norm() <= 1e-8 * (oracle.w - before).norm(), step
         oracle.w = after
     stats = optimizer.stats()
-    for word, expected in (("stored", 9), ("skipped", 1), ("resets", 2)):
+    for word, expected in (("stored", 8), ("skipped", 1), ("resets", 2)):
         assert stats[word] == getattr(oracle, word) == expected, word
     assert oracle.clipped and oracle.capped and oracle.damped
 

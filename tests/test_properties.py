@@ -227,12 +227,8 @@ def test_non_finite_gradient_leaves_no_trace(seed, init, steps, poison):
     dropped = optimizer.stats()["steps_skipped"]
     set_gradients(params, steps)
     params[1].grad[2] = poison
-    due = (steps + 1) % 4 == 0
     optimizer.step()
     assert optimizer.stats()["steps_skipped"] == dropped + 1
-    if due:  # the pair update itself is allowed to run, on the iterates that were summed
-        assert optimizer.state[params[0]]["counters"][Counter.ITERATES] == 0
-        return
     for p, old in zip(params, reference, strict=True):
         assert torch.equal(p.detach(), old)
     for name, tensors in before.items():
