@@ -326,10 +326,9 @@ class AdaQN(Optimizer):
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
-        before = [] if self._arena is None else self._arena.params
         self._arena, self._calls, self._halfway = arena, calls, False
-        for p in [*before, *self._parameters()]:
-            self.state.pop(p, None)
+        for p in [key for key in self.state if isinstance(key, Tensor)]:  # gone ones, too
+            del self.state[p]
         if arena is not None:
             entries = arena.views()
             self.state.update(zip(arena.params, entries, strict=True))

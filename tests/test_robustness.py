@@ -742,3 +742,28 @@ def test_a_group_may_join_after_a_parameter_was_put_in_by_hand(fused):
     append(optimizer, params)
     optimizer.add_param_group({"params": params[1:]})
     train(optimizer, [p for g in optimizer.param_groups for p in g["params"]], 3, 6)
+
+
+@both_backends
+@pytest.mark.parametrize("history_size", [0, 3])
+@pytest.mark.parametrize("init", ["rmsprop", "kronecker"])
+def test_a_gradient_whose_square_overflows_gives_no_nan(init, history_size, fused):
+    params = random_parameters([(2, 3), (3,)], F64)
+    optimizer = AdaQN(params, **{**PAIRS, "init": init, "history_size": history_size}, fused=fused)
+    train(optimizer, params, 0, 6)
+    for p in params:
+        p.grad = torch.full_like(p, 1e307)
+    optimizer.step()
+    train(optimizer, params, 6, 9)
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_an_entry_of_a_parameter_that_has_gone_goes_too():
+    params = random_parameters([(2, 3), (3,)])
+    optimizer = AdaQN(params)
+    assert optimizer.state[params[0]] == {}
+    replace(optimizer, params)
+    now = optimizer.param_groups[0]["params"]
+    train(optimizer, now, 0, 1)
+    assert set(optimizer.state) == set(now)
+    optimizer.state_dict()
