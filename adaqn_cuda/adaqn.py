@@ -19,7 +19,7 @@ from .curvature import Product
 from .interrupts import uninterrupted
 from .kronecker import Kronecker
 from .layout import Counter, Loss
-from .options import CHECKS, LiveOptions, check_callable, validate, validate_group
+from .options import CHECKS, COMMON, LiveOptions, check_callable, validate, validate_group
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, with_defaults
 from .step import Call, Hooks, Monitor, Settings, is_hookless
@@ -240,7 +240,10 @@ class AdaQN(Optimizer):
             TypeError: a parameter is neither floating-point nor complex.
         """
         if isinstance(param_group, dict):
-            validate_group(param_group, self._common())
+            common = self._common()
+            validate_group(param_group, common)
+            for name in COMMON:  # as they are now, whatever they were at first
+                param_group.setdefault(name, common[name])
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -276,6 +279,7 @@ class AdaQN(Optimizer):
         sizes, common = self._sizes(), self._common()
         if common["init"] != "kronecker":
             return sizes.bytes()
+        self._match_blocks()
         views = [real_view(p.detach()) for p in self._parameters()]
         blocks = self._blocks(self.param_groups)
         return sizes.bytes() + Kronecker.bytes(views, blocks, sizes.dtype, **_longest(common))
@@ -322,10 +326,9 @@ class AdaQN(Optimizer):
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
-        before = [] if self._arena is None else self._arena.params
         self._arena, self._calls, self._halfway = arena, calls, False
-        for p in [*before, *self._parameters()]:
-            self.state.pop(p, None)
+        for p in [key for key in self.state if isinstance(key, Tensor)]:  # gone ones, too
+            del self.state[p]
         if arena is not None:
             entries = arena.views()
             self.state.update(zip(arena.params, entries, strict=True))
@@ -340,12 +343,17 @@ class AdaQN(Optimizer):
                 overlap.
             ValueError: an option is out of range, or the state does not fit the parameters.
         """
-        self._match_blocks()
         self._live.check(self.param_groups, self._arena is not None)
         if self._arena is None:
-            return
-        lacking = self._common()["momentum"] > 0 and self._arena.momentum is None
-        if lacking or self._watch.sees_change(self._parameters(), self.state):
+            self._match_blocks()
+        elif self._common()["momentum"] > 0 and self._arena.momentum is None:
+            self._refit()
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make the state that of the parameters as they are, before it is written or saved."""
+        if self._arena is not None and self._watch.sees_change(self._parameters(), self.state):
             self._refit()
 
     def _match_blocks(self) -> None:
@@ -364,6 +372,7 @@ class AdaQN(Optimizer):
         Parameters without state join as if they had stood still so far.  Pairs are dropped if a
         parameter has gone, or its state has: they hold products with it.
         """
+        self._match_blocks()
         params = self._parameters()
         _check_dtypes(params)
         entries = [self.state.get(p, {}) for p in params]
@@ -567,8 +576,10 @@ class AdaQN(Optimizer):
 
         Raises:
             RuntimeError: the last step failed halfway.
+            ValueError: parameters were replaced, and the state does not fit the new ones.
         """
         self._check_whole()
+        self._settle()
         self._uncount_blank_call()
         return super().state_dict()
 
@@ -611,7 +622,7 @@ class AdaQN(Optimizer):
         sizes_match = [len(group["params"]) for group in groups] == [
             len(group["params"]) for group in self.param_groups
         ]
-        if not entries or not sizes_match:  # torch reports a mismatch
+        if not any(entries.values()) or not sizes_match:  # torch reports a mismatch
             return None
         keys = [key for group in groups for key in group["params"]]
         return self._assemble([entries.get(key, {}) for key in keys], groups, complete=True)
@@ -628,6 +639,7 @@ class AdaQN(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_whole()
+        self._settle()
         self._uncount_blank_call()
         return super().__getstate__()
 

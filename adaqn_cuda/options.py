@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 from numbers import Integral, Real
+from operator import is_not
 from typing import Any
 
 import torch
@@ -52,10 +53,7 @@ def _number(
     def check(name: str, value: Any) -> None:
         number = value
         if isinstance(value, Tensor):
-            if name not in PER_GROUP or value.numel() != 1 or value.is_complex():
-                raise ValueError(
-                    f"{name}: expected {_kind(name)}, got a tensor of shape {tuple(value.shape)}"
-                )
+            _check_tensor(name, value)
             number = value.item()
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected {_kind(name)}, got {value!r}")
@@ -64,6 +62,14 @@ def _number(
             raise ValueError(f"{name}: expected {rule}, got {value!r}")
 
     return check
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    """Check what is known of a tensor without a look at its value."""
+    if name not in PER_GROUP or value.numel() != 1 or value.is_complex():
+        raise ValueError(
+            f"{name}: expected {_kind(name)}, got a tensor of shape {tuple(value.shape)}"
+        )
 
 
 def _kind(name: str) -> str:
@@ -143,6 +149,10 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
+#: Options that all groups share.
+COMMON = tuple(name for name in CHECKS if name not in PER_GROUP)
+
+
 def validate(options: dict[str, Any]) -> None:
     """Raise ``ValueError``, ``TypeError`` or ``RuntimeError`` naming the first bad option."""
     for name, check in CHECKS.items():
@@ -153,8 +163,8 @@ def validate(options: dict[str, Any]) -> None:
 def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
     """Check one parameter group against the optimizer's ``common`` options."""
     validate(group)
-    for name in CHECKS:
-        if name in PER_GROUP or name not in group or group[name] == common[name]:
+    for name in COMMON:
+        if name not in group or group[name] == common[name]:
             continue
         raise ValueError(
             f"{name}: a parameter group asks for {group[name]!r}, but the optimizer has "
@@ -168,14 +178,13 @@ STRUCTURAL = (
     "history_size", "fisher_size", "init", "curvature", "max_factor_dim", "max_vector_dim",
     "history_dtype", "fisher_dtype",
 )  # fmt: skip
-_LIVE = tuple(name for name in CHECKS if name not in PER_GROUP)
 
 
 class LiveOptions:
     """Options in the groups, which schedulers and users change while the optimizer runs."""
 
     def __init__(self) -> None:
-        self._seen: list[list[Any]] | None = None
+        self._seen: list[Any] = []
         self._fixed: dict[str, Any] = {}
 
     def fix(self, common: dict[str, Any]) -> None:
@@ -189,12 +198,16 @@ class LiveOptions:
         """
         for group in groups:
             for name in PER_GROUP:
-                if not isinstance(group[name], Tensor):  # those may be on a device
-                    CHECKS[name](name, group[name])
-        found = [[group.get(name) for name in _LIVE] for group in groups]
-        if found != self._seen:
-            for options in found:
-                validate_group(dict(zip(_LIVE, options, strict=True)), groups[0])
+                value = group[name]
+                if isinstance(value, Tensor) and value.device.type != "cpu":  # do not wait for it
+                    _check_tensor(name, value)
+                else:
+                    CHECKS[name](name, value)
+        found = [group.get(name) for group in groups for name in COMMON]
+        # By identity: 1 is no True, and tensors do not compare.
+        if len(found) != len(self._seen) or any(map(is_not, found, self._seen)):
+            for group in groups:
+                validate_group({name: group.get(name) for name in COMMON}, groups[0])
         for name, value in self._fixed.items() if allocated else ():
             if groups[0][name] != value:
                 raise RuntimeError(

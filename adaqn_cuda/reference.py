@@ -171,7 +171,8 @@ def surplus(projections: Tensor, mean_square: Tensor) -> Tensor:
     long as v remembers it.
     """
     norm, limit = projections[Flag.SQUARE].sqrt(), OUTLIER * mean_square.sqrt()
-    return torch.where((limit > 0) & (norm > limit), norm / limit, 1.0)
+    outlier = (limit > 0) & (norm > limit) & norm.isfinite()  # else it is clipped to zero
+    return torch.where(outlier, norm / limit, 1.0)
 
 
 def divide_gradient(

@@ -640,3 +640,130 @@ def test_meta_parameters_tell_their_bytes_and_step(name):
     for p in meta:
         p.grad = torch.empty_like(p)
     optimizer.step()
+
+
+# --------------------------------------------------------------------------- found by programs
+
+
+def continued(optimizer, fresh_params):
+    """What a fresh optimizer that has loaded the state makes of the next steps."""
+    copies = [nn.Parameter(p.detach().clone()) for p in fresh_params]
+    fresh = AdaQN(copies)
+    fresh.load_state_dict(optimizer.state_dict())
+    train(fresh, copies, 40, 46)
+    return copies
+
+
+@both_backends
+def test_an_entry_that_was_only_looked_at_is_no_state(fused):
+    """Torch's state is a defaultdict."""
+    params = random_parameters([(2, 3), (3,)])
+    optimizer = AdaQN(params, fused=fused)
+    assert optimizer.state[params[1]] == {}
+    expected = continued(optimizer, params)
+    train(optimizer, params, 40, 46)
+    for p, q in zip(params, expected, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", torch.tensor(float("nan"))), ("lr", torch.tensor(-1.0)), ("lr", torch.ones(2)),
+        ("weight_decay", torch.ones(2)), ("momentum", torch.ones(2)), ("bias_correction", 1),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_name_whenever_it_comes(name, value):
+    params = random_parameters([(2, 3)])
+    optimizer = AdaQN(params)
+    train(optimizer, params, 0, 3)
+    before = snapshot_of(optimizer)
+    old, optimizer.param_groups[0][name] = optimizer.param_groups[0][name], value
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected "):
+        train(optimizer, params, 3, 4)
+    assert_same(snapshot_of(optimizer), before)
+    optimizer.param_groups[0][name] = old
+    train(optimizer, params, 3, 4)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_group_that_joins_has_the_options_of_now(stepped):
+    params = random_parameters([(2, 3), (3,)])
+    optimizer = AdaQN(params[:1], momentum=0.5)
+    train(optimizer, params[:1], 0, 3 * stepped)
+    optimizer.param_groups[0]["momentum"] = 0.3
+    optimizer.add_param_group({"params": params[1:]})
+    train(optimizer, params, 3, 6)
+    assert optimizer.param_groups[1]["momentum"] == 0.3
+
+
+def replace(optimizer, params):
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 2))
+
+
+def append(optimizer, params):
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(3, 2)))
+
+
+def remove(optimizer, params):
+    del optimizer.param_groups[0]["params"][0]
+
+
+def forget(optimizer, params):
+    del optimizer.state[params[1]]
+
+
+@both_backends
+@pytest.mark.parametrize("change", [replace, append, remove, forget])
+@pytest.mark.parametrize("init", ["rmsprop", "kronecker"])
+def test_copies_and_checkpoints_know_what_was_replaced(init, change, fused):
+    """As soon as it was, before any step."""
+    params = random_parameters([(2, 3), (3,)])
+    optimizer = AdaQN(params, **{**PAIRS, "init": init}, fused=fused)
+    train(optimizer, params, 0, 8)
+    assert optimizer.stats()["pairs"]
+    change(optimizer, params)
+    assert "State: " in repr(optimizer)
+    twin = copy.deepcopy(optimizer)
+    now, theirs = (o.param_groups[0]["params"] for o in (optimizer, twin))
+    expected = continued(optimizer, now)
+    train(optimizer, now, 40, 46)
+    train(twin, theirs, 40, 46)
+    for p, q, r in zip(now, theirs, expected, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+@both_backends
+def test_a_group_may_join_after_a_parameter_was_put_in_by_hand(fused):
+    params = random_parameters([(2, 3), (3,)])
+    optimizer = AdaQN(params[:1], fused=fused)
+    train(optimizer, params[:1], 0, 3)
+    append(optimizer, params)
+    optimizer.add_param_group({"params": params[1:]})
+    train(optimizer, [p for g in optimizer.param_groups for p in g["params"]], 3, 6)
+
+
+@both_backends
+@pytest.mark.parametrize("history_size", [0, 3])
+@pytest.mark.parametrize("init", ["rmsprop", "kronecker"])
+def test_a_gradient_whose_square_overflows_gives_no_nan(init, history_size, fused):
+    params = random_parameters([(2, 3), (3,)], F64)
+    optimizer = AdaQN(params, **{**PAIRS, "init": init, "history_size": history_size}, fused=fused)
+    train(optimizer, params, 0, 6)
+    for p in params:
+        p.grad = torch.full_like(p, 1e307)
+    optimizer.step()
+    train(optimizer, params, 6, 9)
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_an_entry_of_a_parameter_that_has_gone_goes_too():
+    params = random_parameters([(2, 3), (3,)])
+    optimizer = AdaQN(params)
+    assert optimizer.state[params[0]] == {}
+    replace(optimizer, params)
+    now = optimizer.param_groups[0]["params"]
+    train(optimizer, now, 0, 1)
+    assert set(optimizer.state) == set(now)
+    optimizer.state_dict()
