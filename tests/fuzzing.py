@@ -65,7 +65,7 @@ LEGAL: dict[str, list[Any]] = {
 
 #: Values that no option may have.
 ILLEGAL: list[tuple[str, Any]] = [
-    ("lr", -1.0), ("lr", nan), ("lr", "a lot"), ("lr", torch.ones(2)), ("lr", torch.tensor(nan)),
+    ("lr", -1.0), ("lr", nan), ("lr", "a lot"), ("lr", torch.ones(2)),
     ("lr", None), ("weight_decay", -0.1), ("weight_decay", torch.ones(2)), ("momentum", 1.0),
     ("momentum", torch.tensor(0.5)), ("momentum", torch.ones(2)), ("decay", 1.5), ("decay", nan),
     ("eps", 0.0),

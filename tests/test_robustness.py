@@ -669,7 +669,7 @@ def test_an_entry_that_was_only_looked_at_is_no_state(fused):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lr", torch.tensor(float("nan"))), ("lr", torch.tensor(-1.0)), ("lr", torch.ones(2)),
+        ("lr", -1.0), ("lr", float("nan")), ("lr", torch.ones(2)),
         ("weight_decay", torch.ones(2)), ("momentum", torch.ones(2)), ("bias_correction", 1),
     ],
 )  # fmt: skip
