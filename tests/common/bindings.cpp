@@ -64,8 +64,8 @@ py::tuple pair_update(Words counters, int slots, const Doubles& column, const Do
                       double max_increase, double max_growth, Doubles gram, Doubles moments) {
   const double* monitored = loss ? &*loss : nullptr;
   const PairUpdateRule rule{min_curvature, max_increase, max_growth};
-  const PairUpdate outcome = decide_pair_update(counters.data(), slots, column.data(),
-                                                flags.data(), losses.data(), monitored, rule);
+  const PairUpdate outcome = decide_pair_update(counters.data(), slots, column.data(), flags.data(),
+                                                losses.data(), monitored, rule);
   record_pair_update(outcome, slots, column.data(), monitored, rule, gram.data(), moments.data(),
                      losses.data(), counters.data());
   return py::make_tuple(static_cast<int>(outcome), gram, moments, losses, counters);
