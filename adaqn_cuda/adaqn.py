@@ -52,9 +52,8 @@ class AdaQN(Optimizer):
       thousand times the rounding error, 1.2e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
       average, or the sum, of :math:`g^2`;
-    - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none; with
-      ``damping``, it grows by at most ``1 + 0.5 / update_interval`` from pair to pair, and a pair
-      that fails the curvature test lowers it to its own.
+    - ``"scalar"``: :math:`s^\top y / y^\top y` of the newest pair, 1 while there is none; of
+      damped Fisher pairs, the least that was seen since a reset.
 
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +

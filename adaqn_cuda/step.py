@@ -90,12 +90,11 @@ class Settings:
         """Bound on the growth of the scalar initial matrix from pair to pair.
 
         As y of the Fisher product vanishes with the gradient, s.y / y.y grows without bound where
-        a method converges.  Up to e-fold growth of an error between two pair updates is what a step
-        can cause whose length was right at the pair before.  Damped pairs are bounded in the same
-        way, undamped ones not at all.
+        a method converges, whatever the curvature.  So with damped pairs the least that was seen
+        counts, as the damping has it for the pairs themselves.
         """
-        damped = self.common["damping"] > 0
-        return 1 + 0.5 / self.common["update_interval"] if damped else inf
+        fisher = self.common["curvature"] == "fisher"
+        return 1.0 if fisher and self.common["damping"] > 0 else inf
 
 
 @dataclass

@@ -79,16 +79,14 @@ class Oracle:
         self.anchor_loss = float("nan")
         self.calls = self.stored = self.skipped = self.resets = self.dropped = self.accepted = 0
         self.clipped = self.damped = self.capped = 0
-        self.gamma = 1.0
+        self.gamma, self.bounded = 1.0, damping > 0 and product is None
 
     # ------------------------------------------------------------------ the initial matrix
 
     def root(self) -> Tensor | float:
         """1 / D."""
         if self.init == "scalar":
-            if not self.pairs:
-                return 1.0
-            return 1 / self.gamma
+            return 1 / self.gamma if self.pairs else 1.0
         unbiased = self.v
         if self.init == "rmsprop" and self.bias_correction:
             unbiased = self.v / (1 - self.decay**self.accepted)
@@ -175,15 +173,13 @@ class Oracle:
             self.anchor, self.anchor_loss = average, loss
         else:
             self.skipped += 1
-            if self.pairs and self.damping:
+            if self.pairs and self.bounded:
                 self.gamma = min(self.gamma, torch.dot(s, y) / torch.dot(y, y))
 
     def _scale(self, s: Tensor, y: Tensor) -> None:
-        """gamma of the scalar matrix; with damping its growth is bounded, too."""
+        """gamma of the scalar matrix."""
         gamma = torch.dot(s, y) / torch.dot(y, y)
-        if self.pairs and self.damping:
-            gamma = min(gamma, self.gamma * (1 + 0.5 / self.interval))
-        self.gamma = gamma
+        self.gamma = min(gamma, self.gamma) if self.pairs and self.bounded else gamma
 
     def _damp(self, s: Tensor, y: Tensor) -> Tensor:
         """Procedure 18.2 of Nocedal & Wright, with ``damping`` for their 0.2."""
