@@ -21,7 +21,7 @@ from .kronecker import Kronecker
 from .layout import Counter, Loss
 from .options import CHECKS, COMMON, LiveOptions, check_callable, validate, validate_group
 from .precision import full_precision
-from .saved import check_mapping, check_state_dict, with_defaults
+from .saved import check_mapping, check_state_dict, completed
 from .step import Call, Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_memory
 
@@ -57,9 +57,10 @@ class AdaQN(Optimizer):
 
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
-    \text{fisher\_size}` more. ``"kronecker"`` adds :math:`2 a^2` for each factored side of length
-    a of a block, and without pairs 1 per parameter. ``repr(optimizer)`` tells the bytes before they
-    are allocated.
+    \text{fisher\_size}` more (1 for the latter where :math:`y` does not come from the Fisher
+    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 a^2` for each
+    factored side of length a of a block, and without pairs 1 per parameter. ``repr(optimizer)``
+    tells the bytes before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.
@@ -136,16 +137,20 @@ class AdaQN(Optimizer):
     common to all, because the curvature is one matrix. Options may be changed while training, but
     for those that give the state its shape; a change that cannot be honoured raises at the next
     step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
-    without any gradient does nothing and is not counted.
+    without any gradient does nothing and is not counted. Averages count the steps of all: a
+    parameter that gets its first gradient late begins with longer steps, up to ten times, for
+    some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
-    is finite, and ``"kronecker"`` divides a gradient that is more than 1,000 times as long as the
+    is finite (in float64, one that is infinite itself makes it a gradient of zero), and
+    ``"kronecker"`` divides a gradient that is more than 1,000 times as long as the
     root of the average :math:`|g|^2` down to that.
 
     A step whose gradient holds an infinity or a NaN (or overflowed under
-    :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]``. If the
-    gradient, the closure, the monitor or ``curvature`` raises, nothing has changed either. Ctrl-C
-    waits until a step is whole, or reaches a function of yours at once.
+    :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]`` and the number
+    of calls; if pairs were due, they are when they are due again. If the gradient, the closure, the
+    monitor or ``curvature`` raises, nothing has changed either. Ctrl-C waits until a step is whole,
+    or reaches a function of yours at once.
 
     Parameters, and tensors in ``state``, may be replaced, and parameters put into a group or taken
     out of it by hand: the next step goes on with what it finds. New parameters begin without state;
@@ -223,6 +228,7 @@ class AdaQN(Optimizer):
             check_blocks(blocks, self._parameters())
             for group in self.param_groups:
                 group["blocks"] = [int(blocks.get(p, 1)) for p in group["params"]]
+            self._note_blocks()
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
 
@@ -251,6 +257,7 @@ class AdaQN(Optimizer):
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
             group["blocks"] = [int(given.get(p, 1)) for p in group["params"]]
+            self._note_blocks()
             if self._arena is not None:
                 self._refit()
         except Exception:
@@ -289,6 +296,9 @@ class AdaQN(Optimizer):
         self._live = LiveOptions()
         self._watch: Watch | None = None
         self._first_rates: list[float | Tensor] = []
+        self._known_blocks: dict[Tensor, int] = {}
+        self._seen_blocks: list[list[int]] = []
+        self._standing: list[bool] | None = None
         self._halfway = False
 
     def _new_arena(
@@ -343,9 +353,11 @@ class AdaQN(Optimizer):
             ValueError: an option is out of range, or the state does not fit the parameters.
         """
         self._live.check(self.param_groups, self._arena is not None)
-        if self._arena is None:
+        if self._arena is None or self._blocks_differ():
             self._match_blocks()
-        elif self._common()["momentum"] > 0 and self._arena.momentum is None:
+        if self._arena is None:
+            return
+        if self._common()["momentum"] > 0 and self._arena.momentum is None:
             self._refit()
         else:
             self._settle()
@@ -356,14 +368,34 @@ class AdaQN(Optimizer):
             self._refit()
 
     def _match_blocks(self) -> None:
-        """Parameters that were put into a group, or taken out of it, by hand."""
+        """Blocks follow their parameters where these were moved, put in or taken out by hand.
+
+        Raises:
+            RuntimeError: the blocks themselves have changed.
+        """
         for group in self.param_groups:
-            if len(group["blocks"]) != len(group["params"]):
-                known = {}
-                if self._arena is not None and self._arena.kronecker is not None:
-                    counts = self._arena.kronecker.plan.counts
-                    known = dict(zip(self._arena.params, counts, strict=True))
-                group["blocks"] = [known.get(p, 1) for p in group["params"]]
+            blocks = [self._known_blocks.get(p, 1) for p in group["params"]]
+            given = group.get("blocks", blocks)
+            known = all(p in self._known_blocks for p in group["params"])
+            if known and len(given) == len(blocks) and sorted(given) != sorted(blocks):
+                raise RuntimeError(
+                    f"blocks: a group had {blocks}, and has {given} now; set them back, or make a "
+                    "new optimizer"
+                )
+            group["blocks"] = blocks
+        self._note_blocks()
+
+    def _note_blocks(self) -> None:
+        """Make the groups' blocks those that :meth:`_match_blocks` goes by."""
+        self._known_blocks = {
+            p: n
+            for group in self.param_groups
+            for p, n in zip(group["params"], group["blocks"], strict=True)
+        }
+        self._seen_blocks = [list(group["blocks"]) for group in self.param_groups]
+
+    def _blocks_differ(self) -> bool:
+        return [group.get("blocks") for group in self.param_groups] != self._seen_blocks
 
     def _refit(self) -> None:
         """New buffers for the parameters as they are, from the state that is filed under them.
@@ -503,7 +535,8 @@ class AdaQN(Optimizer):
         scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         settings = Settings.of(self.param_groups, device, *scaling)
         if self._calls == 0:
-            self._first_rates = [group["lr"] for group in self.param_groups]
+            rates = [group["lr"] for group in self.param_groups]
+            self._first_rates = [r.detach().clone() if isinstance(r, Tensor) else r for r in rates]
         # The dispatcher does so for lists of tensors, but not where some may be missing.
         grads = [None if g is None else g.resolve_neg() for g in grads]
         backend = ops.select_backend(device, self._common()["fused"])
@@ -519,10 +552,18 @@ class AdaQN(Optimizer):
             self._arena.calls.fill_(call.number)
 
         with full_precision(device) if by_torch else nullcontext(), uninterrupted() as hold:
+            self._begin_interval_anew([g is None for g in grads])
             try:
                 call.run(hold, finish)
             finally:
                 self._halfway = call.halfway
+
+    def _begin_interval_anew(self, standing: list[bool]) -> None:
+        """Averaged gradients are of the same parameters at both ends of a pair."""
+        changed = self._standing is not None and standing != self._standing
+        if changed and self._arena.gradient_sum is not None:
+            self._arena.forget_interval()
+        self._standing = standing
 
     def _uncount_blank_call(self) -> None:
         """Undo the count of a first call that changed nothing at lr 0.
@@ -531,7 +572,8 @@ class AdaQN(Optimizer):
         begins at 0 has gradients.  To tell them apart takes a look at the device, which a step must
         not wait for.
         """
-        if self._arena is None or self._calls != 1 or any(r != 0 for r in self._first_rates):
+        rates = self._first_rates  # none after a load: the call was made by another
+        if self._arena is None or self._calls != 1 or not rates or any(r != 0 for r in rates):
             return
         words = self._arena.counters.tolist()
         if not (words[Counter.ACCEPTED] or words[Counter.STEPS_SKIPPED]):
@@ -600,7 +642,7 @@ class AdaQN(Optimizer):
 
         def read(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(final)
-            final = with_defaults(final, self.defaults)
+            final = completed(final, self.param_groups, self.defaults)
             self._incoming = self._read(final)
             return final
 
@@ -648,6 +690,9 @@ class AdaQN(Optimizer):
             self._prepare()
             self._arena = None
             self.monitor = self.curvature_closure = self.curvature_product = None
+        for group in self.param_groups:
+            group.setdefault("blocks", [1] * len(group["params"]))
+        self._note_blocks()
         if "_incoming" in self.__dict__:
             arena = self._incoming
         else:

@@ -12,20 +12,24 @@ from typing import Any
 class Hold:
     """SIGINT held back, or, where Python would not deliver it anyway, nothing."""
 
-    def __init__(self, handler: Any) -> None:
-        self._handler = handler
+    def __init__(self) -> None:
+        self._handler: Any = None
         self._pending: list[tuple[Any, ...]] = []
 
     def begin(self) -> None:
-        if self._handler is not None:
+        """Python runs handlers in the main thread only, so other threads are never interrupted."""
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler) and current_thread() is main_thread():
+            self._handler = handler
             signal.signal(signal.SIGINT, lambda *arguments: self._pending.append(arguments))
 
     def end(self) -> None:
         """Hand what came in between to whoever would have had it."""
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
             if self._pending:
-                self._handler(*self._pending.pop())
+                handler(*self._pending.pop())
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -39,13 +43,8 @@ class Hold:
 
 @contextmanager
 def uninterrupted() -> Iterator[Hold]:
-    """Hold SIGINT back until the end.
-
-    Python runs handlers of signals in the main thread only, so others are never interrupted.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    mine = callable(handler) and current_thread() is main_thread()
-    hold = Hold(handler if mine else None)
+    """Hold SIGINT back until the end."""
+    hold = Hold()
     hold.begin()
     try:
         yield hold

@@ -198,7 +198,7 @@ class LiveOptions:
         """
         for group in groups:
             for name in PER_GROUP:
-                value = group[name]
+                value = group.get(name)
                 if isinstance(value, Tensor):  # a step reads no value back, wherever it is
                     _check_tensor(name, value)
                 else:

@@ -34,4 +34,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         if lowered:
-            switches.fp32_precision = before
+            switches.fp32_precision = "none"  # inherits; if that was it, it stays so
+            if switches.fp32_precision != before:
+                switches.fp32_precision = before

@@ -39,7 +39,8 @@ No function reads a device value on the host; decisions are taken with ``torch.w
 the rings hold finite values at all times, so a zero coefficient switches a free row off.
 
 With P the projection onto the parameters that have a gradient, a step is ``p = P H P q``: positive
-definite where anything moves.  The others keep w, m and v, to the bit, and their part of F is zero.
+definite where anything moves.  The others keep w, m and v, to the bit, and their part of F is zero;
+a reset, which drops all momentum, leaves their w.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def surplus(projections: Tensor, mean_square: Tensor) -> Tensor:
     """
     norm, limit = projections[Flag.SQUARE].sqrt(), OUTLIER * mean_square.sqrt()
     outlier = (limit > 0) & (norm > limit) & norm.isfinite()  # else it is clipped to zero
-    return torch.where(outlier, norm / limit, 1.0)
+    most = 2.0**100  # what float32 holds, and enough for the average to follow
+    return torch.where(outlier, (norm / limit).clamp(max=most), 1.0)
 
 
 def divide_gradient(

@@ -43,10 +43,17 @@ def check_state_dict(state_dict: Mapping[str, Any]) -> None:
             )
 
 
-def with_defaults(state_dict: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The same, with the options that its groups lack."""
-    groups = [
-        {**defaults, "blocks": [1] * len(group["params"]), **group}
-        for group in state_dict["param_groups"]
-    ]
-    return {**state_dict, "param_groups": groups}
+def completed(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """The same, with the options that its groups lack as they are in ``groups``."""
+    found = state_dict["param_groups"]
+    own = [*groups, *({} for _ in found[len(groups) :])]
+    full = []
+    for saved, mine in zip(found, own, strict=False):
+        blocks = mine.get("blocks", [])
+        if len(blocks) != len(saved["params"]):
+            blocks = [1] * len(saved["params"])
+        kept = {name: value for name, value in mine.items() if name in CHECKS}
+        full.append({**defaults, **kept, "blocks": blocks, **saved})
+    return {**state_dict, "param_groups": full}

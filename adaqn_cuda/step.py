@@ -392,5 +392,6 @@ def is_hookless(hooks: Hooks, common: Mapping[str, Any]) -> bool:
 def on_device(number: float | Tensor, device: torch.device) -> Tensor:
     """A 0-d float64 tensor beside the state; the host does not wait for it."""
     if isinstance(number, Tensor):
-        return number.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+        ahead = device.type != "cpu"  # the host reads what is on its own side
+        return number.detach().reshape(()).to(device, torch.float64, non_blocking=ahead)
     return torch.full((), number, dtype=torch.float64, device=device)

@@ -769,3 +769,108 @@ def test_an_entry_of_a_parameter_that_has_gone_goes_too():
     train(optimizer, now, 0, 1)
     assert set(optimizer.state) == set(now)
     optimizer.state_dict()
+
+
+# --------------------------------------------------------------------------- what readers found
+
+
+def test_gradients_that_have_grown_beyond_all_measure_are_followed():
+    """The divisor of an outlier must not overflow, which would make zeros of all that follow."""
+    draw = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.zeros(3, 3))
+    optimizer = AdaQN([p], lr=1.0)
+    for step in range(30):
+        p.grad = torch.randn(3, 3, generator=draw) * (1e-18 if step < 5 else 1e32)
+        before = p.detach().clone()
+        optimizer.step()
+    assert (p - before).norm() > 0.1
+
+
+@both_backends
+def test_a_parameter_that_is_unfrozen_makes_no_false_pair(fused):
+    """The change of its averaged gradient is from nothing, that of its iterate is none."""
+    a, b = params = [nn.Parameter(torch.tensor([x], dtype=F64)) for x in (3.0, 5.0)]
+    optimizer = plain_adaqn(
+        params, init="scalar", curvature="gradients", update_interval=1, history_size=3,
+        min_curvature=0.0, lr=0.1, fused=fused,
+    )  # fmt: skip
+    for step in range(15):
+        a.grad = a.detach().clone()
+        b.grad = b.detach().clone() if step >= 4 else None
+        optimizer.step()
+    assert 0 < b.item() < 3
+
+
+def test_blocks_follow_their_parameters():
+    a, b, c = random_parameters([(8, 3), (6, 3), (6, 3)])
+    optimizer = AdaQN([a, b], blocks={a: 4})
+    train(optimizer, [a, b], 0, 2)
+    optimizer.param_groups[0]["params"] = [b, a]
+    train(optimizer, [b, a], 2, 4)
+    assert optimizer.param_groups[0]["blocks"] == [1, 4]
+    optimizer.param_groups[0]["params"] = [c, a]
+    train(optimizer, [c, a], 4, 6)
+    assert optimizer.state[a]["left"].shape == (4, 2, 2)
+    optimizer.param_groups[0]["blocks"] = [1, 2]
+    with pytest.raises(RuntimeError, match="blocks"):
+        train(optimizer, [c, a], 6, 7)
+
+
+def test_an_inherited_precision_stays_inherited():
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        step_of(gradient((5, 4), 2, 1.0, 0, F32))
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_a_look_at_a_loaded_state_does_not_change_its_count():
+    (p,) = random_parameters([(4, 3)])
+    optimizer = AdaQN([p])
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["state"][0]["calls"] == 1
+    other = AdaQN([p])
+    other.load_state_dict(saved)
+    assert other.state_dict()["state"][0]["calls"] == 1
+
+
+def test_options_that_a_state_dict_lacks_stay_as_they_are():
+    (p,) = random_parameters([(4, 3)])
+    optimizer = AdaQN([p], blocks={p: 2})
+    saved = optimizer.state_dict()
+    for option in ("decay", "blocks"):
+        del saved["param_groups"][0][option]
+    optimizer.param_groups[0]["decay"] = 0.9
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["decay"] == 0.9
+    assert optimizer.param_groups[0]["blocks"] == [2]
+
+
+def test_a_handler_that_a_monitor_installs_stays():
+    params = random_parameters([(4, 3)])
+    optimizer = plain_adaqn(params, update_interval=1)
+
+    def handler(*_):
+        raise AssertionError
+
+    optimizer.monitor = lambda: float(signal.signal(signal.SIGINT, handler) is not None)
+    try:
+        train(optimizer, params, 0, 1)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_group_without_options_is_refused_by_name():
+    params = random_parameters([(4, 3), (5,)])
+    optimizer = AdaQN(params[:1])
+    train(optimizer, params[:1], 0, 1)
+    optimizer.param_groups.append({"params": params[1:], "lr": 0.1})
+    set_gradients(params, 1)
+    with pytest.raises((TypeError, ValueError), match="weight_decay"):
+        optimizer.step()
