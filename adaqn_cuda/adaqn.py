@@ -257,7 +257,7 @@ class AdaQN(Optimizer):
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
             group["blocks"] = [int(given.get(p, 1)) for p in group["params"]]
-            self._note_blocks()
+            self._known_blocks.update(zip(group["params"], group["blocks"], strict=True))
             if self._arena is not None:
                 self._refit()
         except Exception:

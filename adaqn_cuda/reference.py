@@ -173,7 +173,7 @@ def surplus(projections: Tensor, mean_square: Tensor) -> Tensor:
     """
     norm, limit = projections[Flag.SQUARE].sqrt(), OUTLIER * mean_square.sqrt()
     outlier = (limit > 0) & (norm > limit) & norm.isfinite()  # else it is clipped to zero
-    most = 2.0**100  # what float32 holds, and enough for the average to follow
+    most = 2.0**126  # float32 holds it, and the average follows
     return torch.where(outlier, (norm / limit).clamp(max=most), 1.0)
 
 
