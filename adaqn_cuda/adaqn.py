@@ -541,29 +541,23 @@ class AdaQN(Optimizer):
         grads = [None if g is None else g.resolve_neg() for g in grads]
         backend = ops.select_backend(device, self._common()["fused"])
         owners, hooks, number = self._arena.params, self._hooks(), self._calls + 1
-        call = Call(backend.ops, owners, params, grads, state, settings, hooks, number)
+        standing = [g is None for g in grads]
+        anew = self._standing is not None and standing != self._standing
+        call = Call(backend.ops, owners, params, grads, state, settings, hooks, number, anew)
         by_torch = backend.name == "reference" or call.has_products
 
         def finish() -> None:
             # Native kernels write behind autograd's back; a graph that saved a parameter must know.
             tracked = [p for p in params if not p.is_inference()]
             torch.autograd.graph.increment_version(tracked)
-            self._calls = call.number
+            self._calls, self._standing = call.number, standing
             self._arena.calls.fill_(call.number)
 
         with full_precision(device) if by_torch else nullcontext(), uninterrupted() as hold:
-            self._begin_interval_anew([g is None for g in grads])
             try:
                 call.run(hold, finish)
             finally:
                 self._halfway = call.halfway
-
-    def _begin_interval_anew(self, standing: list[bool]) -> None:
-        """Averaged gradients are of the same parameters at both ends of a pair."""
-        changed = self._standing is not None and standing != self._standing
-        if changed and self._arena.gradient_sum is not None:
-            self._arena.forget_interval()
-        self._standing = standing
 
     def _uncount_blank_call(self) -> None:
         """Undo the count of a first call that changed nothing at lr 0.

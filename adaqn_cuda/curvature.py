@@ -123,6 +123,19 @@ def sum_gradients(
     a.gradient_sum.copy_(torch.where(accepted, a.gradient_sum + g, a.gradient_sum))
 
 
+def begin_interval_anew(a: Buffers) -> None:
+    """Forget sums and anchor, if the step is accepted; after pass 1.
+
+    Averaged gradients must be of the same parameters at both ends of a pair: where one had none,
+    its part of y would be all of its gradient.
+    """
+    kept = ~reference.step_is_accepted(a.projections, a.counters)
+    for total in (a.iterate_sum, a.gradient_sum):
+        total.copy_(torch.where(kept, total, 0.0))
+    for word in (Counter.ITERATES, Counter.ANCHORED):
+        a.counters[word] *= kept.long()
+
+
 def average_gradient(a: Buffers) -> Tensor:
     """The average of the gradients at the iterates in the sum, counted by pass 3."""
     return reference.average(a.gradient_sum, a.counters[Counter.ITERATES])

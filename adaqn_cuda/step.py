@@ -16,6 +16,7 @@ from .arena import Buffers
 from .curvature import (
     Product,
     average_gradient,
+    begin_interval_anew,
     closure_difference,
     given_product,
     move_anchor_gradient,
@@ -110,6 +111,7 @@ class Call:
         settings: of this call.
         hooks: functions of the user's.
         number: of the call, from 1 on.
+        anew: whether other parameters have a gradient than in the call before.
         halfway: whether something that lasts has been written, and something is still to be.
     """
 
@@ -121,6 +123,7 @@ class Call:
     settings: Settings
     hooks: Hooks
     number: int
+    anew: bool
     halfway: bool = False
 
     def __post_init__(self) -> None:
@@ -222,6 +225,8 @@ class Call:
         )  # fmt: skip
         self.halfway = True
         if a.gradient_sum is not None:
+            if self.anew:
+                begin_interval_anew(a)
             sum_gradients(params, grads, self.grad_scale, maximize, a)
         if kronecker is not None:
             kronecker.take(new)
