@@ -376,8 +376,9 @@ class AdaQN(Optimizer):
         for group in self.param_groups:
             blocks = [self._known_blocks.get(p, 1) for p in group["params"]]
             given = group.get("blocks", blocks)
-            known = all(p in self._known_blocks for p in group["params"])
-            if known and len(given) == len(blocks) and sorted(given) != sorted(blocks):
+            members = isinstance(given, list) and len(given) == len(blocks)
+            same = members and all(p in self._known_blocks for p in group["params"])
+            if not isinstance(given, list) or (same and sorted(given) != sorted(blocks)):
                 raise RuntimeError(
                     f"blocks: a group had {blocks}, and has {given} now; set them back, or make a "
                     "new optimizer"

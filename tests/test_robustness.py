@@ -811,9 +811,10 @@ def test_blocks_follow_their_parameters():
     optimizer.param_groups[0]["params"] = [c, a]
     train(optimizer, [c, a], 4, 6)
     assert optimizer.state[a]["left"].shape == (4, 2, 2)
-    optimizer.param_groups[0]["blocks"] = [1, 2]
-    with pytest.raises(RuntimeError, match="blocks"):
-        train(optimizer, [c, a], 6, 7)
+    for changed in ([1, 2], {a: 2}):
+        optimizer.param_groups[0]["blocks"] = changed
+        with pytest.raises(RuntimeError, match="blocks"):
+            train(optimizer, [c, a], 6, 7)
 
 
 def test_an_inherited_precision_stays_inherited():
