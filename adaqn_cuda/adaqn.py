@@ -298,7 +298,6 @@ class AdaQN(Optimizer):
         self._first_rates: list[float | Tensor] = []
         self._known_blocks: dict[Tensor, int] = {}
         self._seen_blocks: list[list[int]] = []
-        self._standing: list[bool] | None = None
         self._halfway = False
 
     def _new_arena(
@@ -543,7 +542,8 @@ class AdaQN(Optimizer):
         backend = ops.select_backend(device, self._common()["fused"])
         owners, hooks, number = self._arena.params, self._hooks(), self._calls + 1
         standing = [g is None for g in grads]
-        anew = self._standing is not None and standing != self._standing
+        before = [flag for group in self.param_groups for flag in group.get("standing", ())]
+        anew = bool(before) and standing != before
         call = Call(backend.ops, owners, params, grads, state, settings, hooks, number, anew)
         by_torch = backend.name == "reference" or call.has_products
 
@@ -551,7 +551,9 @@ class AdaQN(Optimizer):
             # Native kernels write behind autograd's back; a graph that saved a parameter must know.
             tracked = [p for p in params if not p.is_inference()]
             torch.autograd.graph.increment_version(tracked)
-            self._calls, self._standing = call.number, standing
+            self._calls = call.number
+            if state.gradient_sum is not None:
+                self._note_standing(standing)
             self._arena.calls.fill_(call.number)
 
         with full_precision(device) if by_torch else nullcontext(), uninterrupted() as hold:
@@ -559,6 +561,12 @@ class AdaQN(Optimizer):
                 call.run(hold, finish)
             finally:
                 self._halfway = call.halfway
+
+    def _note_standing(self, standing: list[bool]) -> None:
+        """File which parameters had no gradient with the groups, and so with checkpoints."""
+        flags = iter(standing)
+        for group in self.param_groups:
+            group["standing"] = [next(flags) for _ in group["params"]]
 
     def _uncount_blank_call(self) -> None:
         """Undo the count of a first call that changed nothing at lr 0.
