@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import signal
+# What the module `signal` wraps: its enums would take longer than a small step does.
+from _signal import getsignal, signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from signal import SIGINT
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -18,16 +20,16 @@ class Hold:
 
     def begin(self) -> None:
         """Python runs handlers in the main thread only, so other threads are never interrupted."""
-        handler = signal.getsignal(signal.SIGINT)
+        handler = getsignal(SIGINT)
         if callable(handler) and current_thread() is main_thread():
             self._handler = handler
-            signal.signal(signal.SIGINT, lambda *arguments: self._pending.append(arguments))
+            signal(SIGINT, lambda *arguments: self._pending.append(arguments))
 
     def end(self) -> None:
         """Hand what came in between to whoever would have had it."""
         handler, self._handler = self._handler, None
         if handler is not None:
-            signal.signal(signal.SIGINT, handler)
+            signal(SIGINT, handler)
             if self._pending:
                 handler(*self._pending.pop())
 

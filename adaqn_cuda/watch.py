@@ -31,7 +31,8 @@ class Watch:
         self.params = params
         self._layouts = _layouts(params)
         self._parts = [part for entry in entries for part in entry.values()]
-        self._addresses = list(map(Tensor.data_ptr, self._parts))
+        self._distinct = list({id(part): part for part in self._parts}.values())  # many are shared
+        self._addresses = list(map(Tensor.data_ptr, self._distinct))
 
     def sees_change(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters, their layout or their state are others than they were."""
@@ -43,7 +44,9 @@ class Watch:
 
     def _sees_other_state(self, state: Mapping[Tensor, Any]) -> bool:
         parts = [part for p in self.params for part in state.get(p, {}).values()]
-        return _differ(parts, self._parts) or list(map(Tensor.data_ptr, parts)) != self._addresses
+        if _differ(parts, self._parts):
+            return True
+        return list(map(Tensor.data_ptr, self._distinct)) != self._addresses
 
 
 def _differ(ours: list[Any], theirs: list[Any]) -> bool:
