@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 from numbers import Integral, Real
-from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .watch import differ
 
 #: Arguments of the authors' experiments, with every extension off.
 PAPER: dict[str, Any] = {
@@ -205,7 +206,7 @@ class LiveOptions:
                     CHECKS[name](name, value)
         found = [group.get(name) for group in groups for name in COMMON]
         # By identity: 1 is no True, and tensors do not compare.
-        if len(found) != len(self._seen) or any(map(is_not, found, self._seen)):
+        if differ(found, self._seen):
             for group in groups:
                 validate_group({name: group.get(name) for name in COMMON}, groups[0])
         for name, value in self._fixed.items() if allocated else ():

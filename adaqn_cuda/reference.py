@@ -255,11 +255,17 @@ def forward_coefficients(
     return torch.zeros_like(a).index_copy_(0, order, c[:, 0])
 
 
+def newest_slot(counters: Tensor, slots: int) -> Tensor:
+    """Index, of shape (1,), of the row that holds the newest pair."""
+    newest = counters[Counter.OLDEST_PAIR] + counters[Counter.PAIRS] - 1
+    return (newest % slots).reshape(1)
+
+
 def scalar_initial_matrix(gram: Tensor, counters: Tensor) -> Tensor:
     """gamma = s.y / y.y of the newest pair (Barzilai-Borwein); 1 while there is none."""
     slots = gram.shape[1]
     pairs = counters[Counter.PAIRS]
-    newest = ((counters[Counter.OLDEST_PAIR] + pairs - 1) % slots).reshape(1)
+    newest = newest_slot(counters, slots)
     column = gram.index_select(1, newest)[:, 0]
     gamma = column.index_select(0, newest)[0] / column[slots]
     return torch.where(pairs > 0, gamma, 1.0)
@@ -816,7 +822,7 @@ def kept_square(
 def squeeze(gram: Tensor, column: Tensor, free: Tensor, counters: Tensor, skip: Tensor) -> None:
     """Raise the newest y.y, where ``skip``, until gamma is at most s.y / y.y of ``column``."""
     slots, pairs = gram.shape[1], counters[Counter.PAIRS]
-    newest = ((counters[Counter.OLDEST_PAIR] + pairs - 1) % slots).reshape(1)
+    newest = newest_slot(counters, slots)
     ratio = column.index_select(0, free)[0] / column[slots]
     own = gram.index_select(1, newest)[:, 0]
     least = own.index_select(0, newest)[0] / ratio

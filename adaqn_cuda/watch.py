@@ -37,19 +37,19 @@ class Watch:
     def sees_change(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters, their layout or their state are others than they were."""
         return (
-            _differ(params, self.params)
+            differ(params, self.params)
             or _layouts(params) != self._layouts
             or self._sees_other_state(state)
         )
 
     def _sees_other_state(self, state: Mapping[Tensor, Any]) -> bool:
         parts = [part for p in self.params for part in state.get(p, {}).values()]
-        if _differ(parts, self._parts):
+        if differ(parts, self._parts):
             return True
         return list(map(Tensor.data_ptr, self._distinct)) != self._addresses
 
 
-def _differ(ours: list[Any], theirs: list[Any]) -> bool:
+def differ(ours: list[Any], theirs: list[Any]) -> bool:
     """Whether two lists hold other objects."""
     return len(ours) != len(theirs) or any(map(is_not, ours, theirs))
 
