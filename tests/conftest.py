@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 def pytest_configure(config):
     """Without the native library, tests of it would be skipped: that must be asked for."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs behind it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ADAQN_TEST_WITHOUT_LIBRARY") == "1":
         return
     obstacle = library_obstacle()
