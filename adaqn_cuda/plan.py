@@ -89,7 +89,7 @@ class Plan:
             return 0
         longest = self._longest(shape, cut)
         width = prod(shape[1:])
-        if longest is None or shape.numel() == 1:
+        if longest is None or longest == 1 or shape.numel() == 1:
             self._rows.append([start, shape.numel(), 1, 1, 1, -1, -1, index])
             return 0
         for height in cut.heights:
