@@ -28,8 +28,8 @@ struct Descent {
         rates(rates_),
         look(counters, averages_.beta),
         clip(static_cast<T>(clip_factor(flags, gradient_.max_norm))),
-        correction(static_cast<T>(
-            bias_correction(counters, averages_.keep, averages_.correct_bias))) {}
+        correction(
+            static_cast<T>(bias_correction(counters, averages_.keep, averages_.correct_bias))) {}
 
   /// Momentum takes in g; q is what is descended along.
   void form_q(const T* g, int64_t at, int64_t n, T* q) const {

@@ -22,7 +22,7 @@ void move(ParallelFor parallel_for, const DiagonalStep& a, T) {
 }  // namespace
 
 void diagonal_step(ParallelFor parallel_for, const DiagonalStep& a) {
-  const Matrix no_pairs{nullptr, a.dtype, 0, a.params.size()};
+  const Matrix no_pairs{nullptr, a.dtype, 0, a.params.size(), 0};
   direction_pass1(parallel_for, {a.gradient, a.dtype, no_pairs, a.counters, a.found_inf,
                                  a.averages.beta, nullptr, a.flags});
   const bool accepted = step_is_accepted(a.flags, a.counters);

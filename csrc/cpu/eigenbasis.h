@@ -82,13 +82,15 @@ struct BasisBuffers {
         moved(scratch.take<int32_t>(side)) {}
 };
 
-/// Zeros behind the columns, up to the end of the panel.
-template <class T>
-inline void clear_behind(T* matrix, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t k = 0; k < rows; ++k) std::fill(matrix + k * stride + columns, matrix + (k + 1) * stride, T(0));
+/// Zeros in columns begin..end.
+inline void clear_columns(double* matrix, int64_t stride, int64_t rows, int64_t begin,
+                          int64_t end) {
+  for (int64_t k = 0; k < rows; ++k) {
+    std::fill(matrix + k * stride + begin, matrix + k * stride + end, 0.0);
+  }
 }
 
-/// places = the order of the quotients from the largest on; NaN counts as largest.  Stable.  Between
+/// places = the order of the quotients from the largest on; NaN counts as largest.  Stable. Between
 /// refreshes the order hardly changes.
 inline void sort_descending(const double* quotients, int64_t n, int32_t* places) {
   const auto before = [](double a, double b) { return a > b || (a != a && b == b); };
@@ -99,14 +101,15 @@ inline void sort_descending(const double* quotients, int64_t n, int32_t* places)
   }
 }
 
-/// The new rows, orthonormal with the positive diagonal of R, of `image`, whose Gram matrix is
-/// decomposed.  False where that fails.
+/// Makes the rows in the right half of `system` orthonormal, with the positive diagonal of R, by
+/// the decomposition of their Gram matrix.  False where that fails.
 inline bool orthonormalise(const BasisBuffers& b, int64_t side) {
   double* rows = b.system + b.height;
   transpose(rows, b.wide_stride, side, side, b.image, b.stride);
-  clear_behind(b.image, b.stride, side, side);
   multiply<double>({side, side, side, rows, b.wide_stride, false, b.image, b.stride, b.system,
                     b.wide_stride, true});
+  clear_columns(b.system, b.wide_stride, side, side, b.height);
+  clear_columns(b.system, b.wide_stride, side, b.height + side, b.wide_stride);
   for (int64_t i = side; i < b.height; ++i) {  // the rest of the last band: the identity
     double* row = b.system + i * b.wide_stride;
     std::fill_n(row, b.wide_stride, 0.0);
@@ -125,8 +128,8 @@ inline bool orthonormalise(const BasisBuffers& b, int64_t side) {
 /// Sorts the rows by Rayleigh quotients, from the largest on; then Q = orth(A Q).  Where QR fails,
 /// the sorted basis stays.
 inline void iterate_subspace(BasisBuffers& b, int64_t side) {
-  multiply<double>({side, side, side, b.basis, b.stride, false, b.matrix, b.stride, b.image,
-                    b.stride});
+  multiply<double>(
+      {side, side, side, b.basis, b.stride, false, b.matrix, b.stride, b.image, b.stride});
   for (int64_t k = 0; k < side; ++k) {
     const double *q = b.basis + k * b.stride, *z = b.image + k * b.stride;
     double quotient = 0;
@@ -144,7 +147,6 @@ inline void iterate_subspace(BasisBuffers& b, int64_t side) {
   }
   std::swap(b.order, b.moved);
   std::swap(b.basis, b.other);
-  clear_behind(rows, b.wide_stride, side, side);
   if (!orthonormalise(b, side)) return;
   for (int64_t k = 0; k < side; ++k) {
     std::copy_n(rows + k * b.wide_stride, side, b.basis + k * b.stride);
@@ -165,7 +167,8 @@ inline void refresh_basis(Scratch scratch, int64_t side, int iterations, const T
     for (int64_t l = 0; l < side; ++l) row[l] = factor[k * side + l] / mean;
     row[k] += kFactorDamping;
   }
-  clear_behind(b.matrix, b.stride, side, side);
+  clear_columns(b.matrix, b.stride, side, side, b.stride);
+  clear_columns(b.image, b.stride, side, side, b.stride);
   // through `other`, as the basis may be of another type
   for (int64_t k = 0; k < side; ++k) std::copy_n(basis + k * side, side, b.other + k * b.stride);
   transpose(b.other, b.stride, side, side, b.basis, b.stride);
