@@ -57,8 +57,8 @@ class AdaQN(Optimizer):
       Q_R) / \sqrt{v + c^2 \max v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the
       averages of :math:`G G^\top` and :math:`G^\top G`, of which diagonal blocks of at most
       ``block_size`` are kept, and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`, close to
-      `SOAP`_. A tensor is the matrix (first dimension, rest), a short vector a matrix of one column.
-      The floor keeps rounding out of the step: :math:`c` is 3e-3 at first and falls as :math:`1/t^2` to a
+      `SOAP`_. A tensor is the matrix (first dimension, rest), a short vector one column. The floor
+      keeps rounding out of the step: :math:`c` is 3e-3 at first and falls as :math:`1/t^2` to a
       thousand times the rounding error, 1.2e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
       average, or the sum, of :math:`g^2`;
@@ -148,8 +148,8 @@ class AdaQN(Optimizer):
 
     ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
     so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
-    else is common to all, because the curvature is one matrix. Options may be changed while training, but
-    for those that give the state its shape; a change that cannot be honoured raises at the next
+    else is common to all, because the curvature is one matrix. Options may be changed while
+    training, but for those that give the state its shape; a change that cannot be honoured raises at the next
     step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
     without any gradient does nothing and is not counted. Averages count the steps of all: a
     parameter that gets its first gradient late begins with longer steps, up to ten times, for
