@@ -149,8 +149,8 @@ class AdaQN(Optimizer):
     ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
     so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
     else is common to all, because the curvature is one matrix. Options may be changed while
-    training, but for those that give the state its shape; a change that cannot be honoured raises at the next
-    step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
+    training, but for those that give the state its shape; a change that cannot be honoured raises
+    at the next step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
     without any gradient does nothing and is not counted. Averages count the steps of all: a
     parameter that gets its first gradient late begins with longer steps, up to ten times, for
     some tens of steps; warm its ``lr`` up where that matters.
