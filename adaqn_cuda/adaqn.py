@@ -150,10 +150,10 @@ class AdaQN(Optimizer):
     so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
     else is common to all, because the curvature is one matrix. Options may be changed while
     training, but for those that give the state its shape; a change that cannot be honoured raises
-    at the next step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
-    without any gradient does nothing and is not counted. Averages count the steps of all: a
-    parameter that gets its first gradient late begins with longer steps, up to ten times, for
-    some tens of steps; warm its ``lr`` up where that matters.
+    at the next step. Parameters without a gradient stand still: no decay, no momentum, no
+    direction. A step without any gradient does nothing and is not counted. Averages count the steps
+    of all: a parameter that gets its first gradient late begins with longer steps, up to ten times,
+    for some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
