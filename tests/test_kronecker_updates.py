@@ -242,7 +242,8 @@ class Training(H0):
         scale, found_inf = (None if x is None else torch.tensor(x) for x in (scale, found_inf))
         beta = 0.0 if self.momentum is None else BETA
         self.ops.kronecker_step(
-            self.params, grads, self.plan.table, scale, found_inf, maximize, self.longest, beta, KEEP, EPS, True, call, interval, SIZES, LR, DECAYS, *rates, self.momentum,
+            self.params, grads, self.plan.table, scale, found_inf, maximize, self.longest, beta,
+            KEEP, EPS, True, call, interval, SIZES, LR, DECAYS, *rates, self.momentum,
             *self.buffers(), self.projections, self.counters,
         )  # fmt: skip
 
