@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -53,10 +54,11 @@ class AdaQN(Optimizer):
 
     :math:`H^0` is one of
 
-    - ``"kronecker"``: for a matrix block :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
+    - ``"kronecker"``: for a matrix :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
       Q_R) / \sqrt{v + c^2 \max v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the
-      averages of :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of
-      :math:`(Q_L^\top G Q_R)^2`, close to `SOAP`_; a vector is a matrix of one column. The floor
+      averages of :math:`G G^\top` and :math:`G^\top G`, of which diagonal blocks of at most
+      ``block_size`` are kept, and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`, close to
+      `SOAP`_. A tensor is the matrix (first dimension, rest), a short vector one column. The floor
       keeps rounding out of the step: :math:`c` is 3e-3 at first and falls as :math:`1/t^2` to a
       thousand times the rounding error, 1.2e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
@@ -67,9 +69,9 @@ class AdaQN(Optimizer):
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
     \text{fisher\_size}` more (1 for the latter where :math:`y` does not come from the Fisher
-    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 a^2` for each
-    factored side of length a of a block, and without pairs 1 per parameter. ``repr(optimizer)``
-    tells the bytes before they are allocated.
+    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 b (1/m +
+    1/n)` for a matrix of m x n and blocks of b: 0.7 for 768 x 768, at most 4. ``repr(optimizer)``
+    tells the bytes, and how much of the model has factors, before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.
@@ -114,16 +116,19 @@ class AdaQN(Optimizer):
             (default: ``True``).
         max_grad_norm (float, optional): the gradient is clipped to this norm, as by
             :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
-        max_factor_dim (int, optional): sides of a matrix longer than this, such as an embedding's
-            vocabulary, get no factor of their own in ``"kronecker"`` (default: 600).
-        max_vector_dim (int, optional): nor do vectors longer than this, or than ``max_factor_dim``,
-            whose factor is their whole covariance. A complex vector counts as a matrix of two
+        block_size (int, optional): sides of a matrix longer than this are cut into even pieces in
+            ``"kronecker"``, each with a factor of its own. Larger is closer to the whole factors,
+            and dearer: a step takes about 12 ``block_size`` operations per parameter, and on a GPU
+            blocks of up to 64 are fastest (default: 128).
+        max_vector_dim (int, optional): vectors longer than this, or than ``block_size``, get no
+            factor, which is their whole covariance. A complex vector counts as a matrix of two
             columns (default: 64).
-        factor_interval (int, optional): calls of :meth:`step` between two updates of the eigenbases
-            (default: 5).
-        blocks (Mapping[Tensor, int], optional): parameters that are several matrices on top of
-            each other, and how many: they get factors of their own. ``rnn_blocks(model)`` gives it
-            for LSTM and GRU layers. In a group's dict, for that group (default: ``None``).
+        factor_interval (int, optional): calls of :meth:`step` between two updates of an eigenbasis.
+            Bases take their turns, so that all calls but the first cost alike (default: 5).
+        blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
+            on top of each other, such as gates or fused projections, and how many, or the rows of
+            each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM and GRU
+            layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients or autocast at every pair update, with the
             parameters holding the averaged iterate; should be deterministic, and the same on all
@@ -141,14 +146,16 @@ class AdaQN(Optimizer):
         capturable (bool, optional): accepted for compatibility; every step is free of host
             synchronisation (default: ``True``).
         differentiable (bool, optional): must be ``False``.
+        max_factor_dim (int, optional): deprecated name of ``block_size``.
 
-    ``lr``, ``weight_decay`` and ``blocks`` may differ between parameter groups; everything else is
-    common to all, because the curvature is one matrix. Options may be changed while training, but
-    for those that give the state its shape; a change that cannot be honoured raises at the next
-    step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
-    without any gradient does nothing and is not counted. Averages count the steps of all: a
-    parameter that gets its first gradient late begins with longer steps, up to ten times, for
-    some tens of steps; warm its ``lr`` up where that matters.
+    ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
+    so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
+    else is common to all, because the curvature is one matrix. Options may be changed while
+    training, but for those that give the state its shape; a change that cannot be honoured raises
+    at the next step. Parameters without a gradient stand still: no decay, no momentum, no
+    direction. A step without any gradient does nothing and is not counted. Averages count the steps
+    of all: a parameter that gets its first gradient late begins with longer steps, up to ten times,
+    for some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
@@ -210,7 +217,7 @@ class AdaQN(Optimizer):
         block_size: int = 128,
         max_vector_dim: int = 64,
         factor_interval: int = 5,
-        blocks: Mapping[Tensor, int] | None = None,
+        blocks: Mapping[Tensor, int | Sequence[int]] | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
@@ -220,7 +227,16 @@ class AdaQN(Optimizer):
         foreach: bool | None = None,
         capturable: bool = True,
         differentiable: bool = False,
+        max_factor_dim: int | None = None,
     ) -> None:
+        if max_factor_dim is not None:
+            warnings.warn(
+                "max_factor_dim is deprecated, and longer sides get factors now, by pieces; "
+                f"pass block_size={max_factor_dim!r}",
+                FutureWarning,
+                stacklevel=2,
+            )
+            block_size = max_factor_dim
         values = locals()
         self.curvature_product = curvature if callable(curvature) else None
         if callable(curvature):
@@ -249,8 +265,8 @@ class AdaQN(Optimizer):
         Parameters added during training join the stored pairs and gradients with zeros.
 
         Raises:
-            ValueError: an option other than ``lr`` and ``weight_decay`` differs from the
-                optimizer's, or a parameter lives on another device than the state.
+            ValueError: an option differs from the optimizer's that may not, or a parameter lives
+                on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
         """
         if isinstance(param_group, dict):
@@ -258,10 +274,6 @@ class AdaQN(Optimizer):
             validate_group(param_group, common)
             for name in COMMON:  # as they are now, whatever they were at first
                 param_group.setdefault(name, common[name])
-            for name in GROUPED:
-                found = [group[name] for group in self.param_groups]
-                alike = len(set(found)) == 1
-                param_group.setdefault(name, found[0] if alike else self.defaults[name])
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -306,7 +318,8 @@ class AdaQN(Optimizer):
             for _ in group["blocks"]
         ]
         cuts = [Cut(heights(*own), size) for *own, size in zip(shapes, blocks, sizes, strict=True)]
-        return Plan(shapes, cuts, common["max_vector_dim"])
+        plan = Plan(shapes, cuts, common["max_vector_dim"])
+        return plan if plan.factors else None
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -487,8 +500,10 @@ class AdaQN(Optimizer):
                 "state_dict of before into the model and the optimizer"
             )
 
-    def _check_compiled(self) -> None:
-        """What :meth:`_init_group` does for a step that is traced, when it runs.
+    def _advance_compiled(
+        self, params: list[Tensor], grads: list[Tensor | None], state: list[Tensor]
+    ) -> None:
+        """A step that was traced, with what :meth:`_init_group` does for the others.
 
         The graph holds the buffers that it was traced with.
         """
@@ -499,6 +514,7 @@ class AdaQN(Optimizer):
                 "parameters or state were replaced after the step had been compiled; call "
                 "torch.compiler.reset() and compile it anew"
             )
+        self._advance(params, grads, self._arena.over(state))
 
     @torch.compiler.disable
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -624,8 +640,20 @@ class AdaQN(Optimizer):
         return (
             super().__repr__().removesuffix(")")
             + f"State: {state:,} bytes for {numel:,} parameters ({per_parameter})\n"
-            f"Backend: {backend.name} ({backend.reason})\n)"
+            + self._factored_shares()
+            + f"Backend: {backend.name} ({backend.reason})\n)"
         )
+
+    def _factored_shares(self) -> str:
+        """A line on how many of the parameters have Kronecker factors."""
+        plan = self._plan(self.param_groups)
+        if plan is None:
+            return "Factors: none\n" if self._common()["init"] == "kronecker" else ""
+        counts = [0, 0, 0]
+        for p, sides in zip(self._parameters(), plan.sides, strict=True):
+            counts[sides] += p.numel()
+        none, one, both = (f"{100 * n / max(sum(counts), 1):.1f} %" for n in counts)
+        return f"Factors: on both sides of {both} of them, on one of {one}, on none of {none}\n"
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -709,6 +737,9 @@ class AdaQN(Optimizer):
             self.monitor = self.curvature_closure = self.curvature_product = None
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
+        for name in GROUPED:  # groups that are added take what is loaded, too
+            if len({group[name] for group in self.param_groups}) == 1:
+                self.defaults[name] = self.param_groups[0][name]
         self._note_blocks()
         if "_incoming" in self.__dict__:
             arena = self._incoming
