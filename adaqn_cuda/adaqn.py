@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -13,13 +14,22 @@ from torch.optim import Optimizer
 
 from . import ops
 from .arena import Arena, Buffers, Sizes, real_view
-from .blocks import check_blocks
+from .blocks import Blocks, as_blocks, check_blocks, heights
 from .compiled import register
 from .curvature import Product
 from .interrupts import uninterrupted
-from .kronecker import Kronecker
 from .layout import Counter, Loss
-from .options import CHECKS, COMMON, LiveOptions, check_callable, validate, validate_group
+from .options import (
+    CHECKS,
+    COMMON,
+    GROUPED,
+    LiveOptions,
+    check_callable,
+    common_options,
+    validate,
+    validate_group,
+)
+from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
 from .step import Call, Hooks, Monitor, Settings, is_hookless
@@ -44,10 +54,11 @@ class AdaQN(Optimizer):
 
     :math:`H^0` is one of
 
-    - ``"kronecker"``: for a matrix block :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
+    - ``"kronecker"``: for a matrix :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
       Q_R) / \sqrt{v + c^2 \max v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the
-      averages of :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of
-      :math:`(Q_L^\top G Q_R)^2`, close to `SOAP`_; a vector is a matrix of one column. The floor
+      averages of :math:`G G^\top` and :math:`G^\top G`, of which diagonal blocks of at most
+      ``block_size`` are kept, and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`, close to
+      `SOAP`_. A tensor is the matrix (first dimension, rest), a short vector one column. The floor
       keeps rounding out of the step: :math:`c` is 3e-3 at first and falls as :math:`1/t^2` to a
       thousand times the rounding error, 1.2e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
@@ -58,9 +69,9 @@ class AdaQN(Optimizer):
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
     \text{fisher\_size}` more (1 for the latter where :math:`y` does not come from the Fisher
-    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 a^2` for each
-    factored side of length a of a block, and without pairs 1 per parameter. ``repr(optimizer)``
-    tells the bytes before they are allocated.
+    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 b (1/m +
+    1/n)` for a matrix of m x n and blocks of b: 0.7 for 768 x 768, at most 4. ``repr(optimizer)``
+    tells the bytes, and how much of the model has factors, before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.
@@ -105,16 +116,19 @@ class AdaQN(Optimizer):
             (default: ``True``).
         max_grad_norm (float, optional): the gradient is clipped to this norm, as by
             :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
-        max_factor_dim (int, optional): sides of a matrix longer than this, such as an embedding's
-            vocabulary, get no factor of their own in ``"kronecker"`` (default: 600).
-        max_vector_dim (int, optional): nor do vectors longer than this, or than ``max_factor_dim``,
-            whose factor is their whole covariance. A complex vector counts as a matrix of two
+        block_size (int, optional): sides of a matrix longer than this are cut into even pieces in
+            ``"kronecker"``, each with a factor of its own. Larger is closer to the whole factors,
+            and dearer: a step takes about 12 ``block_size`` operations per parameter, and on a GPU
+            blocks of up to 64 are fastest (default: 128).
+        max_vector_dim (int, optional): vectors longer than this, or than ``block_size``, get no
+            factor, which is their whole covariance. A complex vector counts as a matrix of two
             columns (default: 64).
-        factor_interval (int, optional): calls of :meth:`step` between two updates of the eigenbases
-            (default: 5).
-        blocks (Mapping[Tensor, int], optional): parameters that are several matrices on top of
-            each other, and how many: they get factors of their own. ``rnn_blocks(model)`` gives it
-            for LSTM and GRU layers. In a group's dict, for that group (default: ``None``).
+        factor_interval (int, optional): calls of :meth:`step` between two updates of an eigenbasis.
+            Bases take their turns, so that all calls but the first cost alike (default: 5).
+        blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
+            on top of each other, such as gates or fused projections, and how many, or the rows of
+            each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM and GRU
+            layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients or autocast at every pair update, with the
             parameters holding the averaged iterate; should be deterministic, and the same on all
@@ -132,14 +146,16 @@ class AdaQN(Optimizer):
         capturable (bool, optional): accepted for compatibility; every step is free of host
             synchronisation (default: ``True``).
         differentiable (bool, optional): must be ``False``.
+        max_factor_dim (int, optional): deprecated name of ``block_size``.
 
-    ``lr``, ``weight_decay`` and ``blocks`` may differ between parameter groups; everything else is
-    common to all, because the curvature is one matrix. Options may be changed while training, but
-    for those that give the state its shape; a change that cannot be honoured raises at the next
-    step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
-    without any gradient does nothing and is not counted. Averages count the steps of all: a
-    parameter that gets its first gradient late begins with longer steps, up to ten times, for
-    some tens of steps; warm its ``lr`` up where that matters.
+    ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
+    so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
+    else is common to all, because the curvature is one matrix. Options may be changed while
+    training, but for those that give the state its shape; a change that cannot be honoured raises
+    at the next step. Parameters without a gradient stand still: no decay, no momentum, no
+    direction. A step without any gradient does nothing and is not counted. Averages count the steps
+    of all: a parameter that gets its first gradient late begins with longer steps, up to ten times,
+    for some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
@@ -198,10 +214,10 @@ class AdaQN(Optimizer):
         max_direction: float = 1.0,
         bias_correction: bool = True,
         max_grad_norm: float = inf,
-        max_factor_dim: int = 600,
+        block_size: int = 128,
         max_vector_dim: int = 64,
         factor_interval: int = 5,
-        blocks: Mapping[Tensor, int] | None = None,
+        blocks: Mapping[Tensor, int | Sequence[int]] | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
@@ -211,7 +227,16 @@ class AdaQN(Optimizer):
         foreach: bool | None = None,
         capturable: bool = True,
         differentiable: bool = False,
+        max_factor_dim: int | None = None,
     ) -> None:
+        if max_factor_dim is not None:
+            warnings.warn(
+                "max_factor_dim is deprecated, and longer sides get factors now, by pieces; "
+                f"pass block_size={max_factor_dim!r}",
+                FutureWarning,
+                stacklevel=2,
+            )
+            block_size = max_factor_dim
         values = locals()
         self.curvature_product = curvature if callable(curvature) else None
         if callable(curvature):
@@ -227,7 +252,7 @@ class AdaQN(Optimizer):
         if blocks is not None:
             check_blocks(blocks, self._parameters())
             for group in self.param_groups:
-                group["blocks"] = [int(blocks.get(p, 1)) for p in group["params"]]
+                group["blocks"] = [as_blocks(blocks.get(p, 1)) for p in group["params"]]
             self._note_blocks()
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
@@ -240,8 +265,8 @@ class AdaQN(Optimizer):
         Parameters added during training join the stored pairs and gradients with zeros.
 
         Raises:
-            ValueError: an option other than ``lr`` and ``weight_decay`` differs from the
-                optimizer's, or a parameter lives on another device than the state.
+            ValueError: an option differs from the optimizer's that may not, or a parameter lives
+                on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
         """
         if isinstance(param_group, dict):
@@ -256,7 +281,7 @@ class AdaQN(Optimizer):
             _check_dtypes(group["params"])
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
-            group["blocks"] = [int(given.get(p, 1)) for p in group["params"]]
+            group["blocks"] = [as_blocks(given.get(p, 1)) for p in group["params"]]
             self._known_blocks.update(zip(group["params"], group["blocks"], strict=True))
             if self._arena is not None:
                 self._refit()
@@ -266,7 +291,7 @@ class AdaQN(Optimizer):
 
     def _common(self) -> dict[str, Any]:
         """The options that all groups share."""
-        return self.param_groups[0] if self.param_groups else self.defaults
+        return common_options(self.param_groups or [self.defaults])
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -278,17 +303,22 @@ class AdaQN(Optimizer):
             check_callable(name, getattr(self, name), common["history_size"])
 
     def _sizes(self) -> Sizes:
-        return Sizes.of(self._parameters(), self._common())
+        return Sizes.of(self._parameters(), self._common(), self._plan(self.param_groups))
 
-    def _state_bytes(self) -> int:
-        """Device memory of the state, allocated or not."""
-        sizes, common = self._sizes(), self._common()
+    def _plan(self, groups: list[dict[str, Any]]) -> Plan | None:
+        """The Kronecker factors under the options of ``groups``, if there are to be any."""
+        common = common_options(groups)
         if common["init"] != "kronecker":
-            return sizes.bytes()
-        self._match_blocks()
-        views = [real_view(p.detach()) for p in self._parameters()]
-        blocks = self._blocks(self.param_groups)
-        return sizes.bytes() + Kronecker.bytes(views, blocks, sizes.dtype, **_longest(common))
+            return None
+        shapes = [real_view(p.detach()).shape for p in self._parameters()]
+        blocks = [n for group in groups for n in group["blocks"]]
+        sizes = [
+            group["block_size"] if group["init"] == "kronecker" else None
+            for group in groups
+            for _ in group["blocks"]
+        ]
+        cuts = [Cut(heights(*own), size) for *own, size in zip(shapes, blocks, sizes, strict=True)]
+        return Plan(shapes, cuts, common["max_vector_dim"])
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -296,17 +326,12 @@ class AdaQN(Optimizer):
         self._live = LiveOptions()
         self._watch: Watch | None = None
         self._first_rates: list[float | Tensor] = []
-        self._known_blocks: dict[Tensor, int] = {}
-        self._seen_blocks: list[list[int]] = []
+        self._known_blocks: dict[Tensor, Blocks] = {}
+        self._seen_blocks: list[list[Blocks]] = []
         self._halfway = False
 
-    def _new_arena(
-        self,
-        common: dict[str, Any],
-        groups: list[dict[str, Any]] | None = None,
-        momentum: bool = False,
-    ) -> Arena:
-        """Buffers for all parameters under the options ``common`` and the blocks of ``groups``.
+    def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
+        """Buffers for all parameters under the options of ``groups``.
 
         With ``momentum``, there is room for it even where it is zero now.
         """
@@ -320,17 +345,10 @@ class AdaQN(Optimizer):
             )
         check_memory(params)
         with torch.inference_mode(False):  # the state outlives the mode
-            sizes, kronecker = Sizes.of(params, common, momentum), None
-            if common["init"] == "kronecker":
-                views = [real_view(p.detach()) for p in params]
-                blocks = self._blocks(groups or self.param_groups)
-                check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n > 1}, params)
-                kronecker = Kronecker(views, blocks, sizes.dtype, **_longest(common))
-            return Arena(params, sizes, kronecker)
-
-    @staticmethod
-    def _blocks(groups: list[dict[str, Any]]) -> list[int]:
-        return [n for group in groups for n in group["blocks"]]
+            blocks = [n for group in groups for n in group["blocks"]]
+            check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n != 1}, params)
+            plan = self._plan(groups)
+            return Arena(params, Sizes.of(params, common_options(groups), plan, momentum), plan)
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
@@ -341,7 +359,7 @@ class AdaQN(Optimizer):
             entries = arena.views()
             self.state.update(zip(arena.params, entries, strict=True))
             self._watch = Watch(arena.params, entries)
-            self._live.fix(self._common())
+            self._live.fix(self.param_groups)
 
     def _reconcile(self) -> None:
         """Honour what has been replaced since the last call, or raise; nothing is written before.
@@ -377,7 +395,7 @@ class AdaQN(Optimizer):
             given = group.get("blocks", blocks)
             members = isinstance(given, list) and len(given) == len(blocks)
             same = members and all(p in self._known_blocks for p in group["params"])
-            if not isinstance(given, list) or (same and sorted(given) != sorted(blocks)):
+            if not isinstance(given, list) or (same and _sorted(given) != _sorted(blocks)):
                 raise RuntimeError(
                     f"blocks: a group had {blocks}, and has {given} now; set them back, or make a "
                     "new optimizer"
@@ -472,7 +490,7 @@ class AdaQN(Optimizer):
         self._check_whole()
         self._reconcile()
         if self._arena is None:
-            self._bind(self._new_arena(self._common()), calls=0)
+            self._bind(self._new_arena(self.param_groups), calls=0)
 
     def _check_whole(self) -> None:
         if self._halfway:
@@ -544,8 +562,11 @@ class AdaQN(Optimizer):
         standing = [g is None for g in grads]
         before = [flag for group in self.param_groups for flag in group.get("standing", ())]
         anew = bool(before) and standing != before
-        call = Call(backend.ops, owners, params, grads, state, settings, hooks, number, anew)
-        by_torch = backend.name == "reference" or call.has_products
+        atomic = backend.name == "native"
+        call = Call(
+            backend.ops, owners, params, grads, state, settings, hooks, number, anew, atomic
+        )
+        by_torch = not atomic or call.has_products
 
         def finish() -> None:
             # Native kernels write behind autograd's back; a graph that saved a parameter must know.
@@ -603,15 +624,32 @@ class AdaQN(Optimizer):
             "state_bytes": self._state_bytes(),
         }
 
+    def _state_bytes(self) -> int:
+        """Device memory of the state, allocated or not."""
+        self._match_blocks()
+        return self._sizes().bytes()
+
     def __repr__(self) -> str:
-        numel, state = self._sizes().numel, self._state_bytes()
+        state, numel = self._state_bytes(), self._sizes().numel
         backend = ops.select_backend(self._parameters()[0].device, self._common()["fused"])
         per_parameter = f"{state / max(numel, 1):.1f} bytes per parameter"
         return (
             super().__repr__().removesuffix(")")
             + f"State: {state:,} bytes for {numel:,} parameters ({per_parameter})\n"
-            f"Backend: {backend.name} ({backend.reason})\n)"
+            + self._factored_shares()
+            + f"Backend: {backend.name} ({backend.reason})\n)"
         )
+
+    def _factored_shares(self) -> str:
+        """A line on how many of the parameters have Kronecker factors."""
+        plan = self._plan(self.param_groups)
+        if plan is None:
+            return ""
+        counts = [0, 0, 0]
+        for p, sides in zip(self._parameters(), plan.sides, strict=True):
+            counts[sides] += p.numel()
+        none, one, both = (f"{100 * n / max(sum(counts), 1):.1f} %" for n in counts)
+        return f"Factors: on both sides of {both} of them, on one of {one}, on none of {none}\n"
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -676,7 +714,7 @@ class AdaQN(Optimizer):
     ) -> Arena:
         """An arena for the parameters under the options of ``groups``, filled with ``entries``."""
         momentum = any("momentum" in entry for entry in entries)
-        arena = self._new_arena(groups[0], groups, momentum)
+        arena = self._new_arena(groups, momentum)
         arena.check(entries, complete)
         arena.adopt(entries)
         return arena
@@ -695,6 +733,9 @@ class AdaQN(Optimizer):
             self.monitor = self.curvature_closure = self.curvature_product = None
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
+        for name in GROUPED:  # groups that are added take what is loaded, too
+            if len({group[name] for group in self.param_groups}) == 1:
+                self.defaults[name] = self.param_groups[0][name]
         self._note_blocks()
         if "_incoming" in self.__dict__:
             arena = self._incoming
@@ -706,9 +747,8 @@ class AdaQN(Optimizer):
         self._bind(arena, 0 if arena is None else int(arena.calls))
 
 
-def _longest(common: dict[str, Any]) -> dict[str, int]:
-    """The longest sides that are factored."""
-    return {name: common[name] for name in ("max_factor_dim", "max_vector_dim")}
+def _sorted(blocks: list[Blocks]) -> list[Blocks]:
+    return sorted(blocks, key=repr)
 
 
 def _drop_duplicates(group: dict[str, Any]) -> None:

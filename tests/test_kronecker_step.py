@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from math import inf, nan
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from adaqn_cuda import AdaQN, rnn_blocks
 from adaqn_cuda.layout import Counter
+from adaqn_cuda.plan import Column, pieces
 
 #: Matrices of equal and of unequal shapes, a stack of two blocks, a tensor of third order, a
 #: long and a short vector, a number and nothing; sides of one and sides longer than LONGEST.
@@ -31,7 +33,7 @@ SHAPES = [(3, 5), (6, 4), (3, 5), (2, 3, 2), (7,), (), (1, 4), (11, 2), (0, 3), 
 BLOCKS = [1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
 LONGEST = 6
 FACTORED = dict(
-    init="kronecker", lr=0.05, max_factor_dim=LONGEST, factor_interval=4, decay=0.9, eps=0.3
+    init="kronecker", lr=0.05, block_size=LONGEST, factor_interval=4, decay=0.9, eps=0.3
 )
 #: The class's own way: no pairs, momentum, bias correction.
 ALONE = dict(FACTORED, history_size=0, momentum=0.9, bias_correction=True, max_direction=1.0)
@@ -70,6 +72,36 @@ def advance(optimizer, start, stop):
         optimizer.step()
 
 
+class Matrix(NamedTuple):
+    """One matrix of a parameter: lengths of its pieces, and the squares of its factors or bases."""
+
+    rows: list[int]
+    columns: list[int]
+    left: list[torch.Tensor]
+    right: list[torch.Tensor]
+
+
+def matrices(optimizer, p, kind="bases"):
+    """The matrices of a parameter, read from its state by the plan's table."""
+    index = next(i for i, q in enumerate(parameters_of(optimizer)) if q is p)
+    plan, found = optimizer._arena.plan, []
+    numbers = optimizer.state[p].get(kind)
+
+    def squares(place, lengths):
+        for n in lengths if place >= 0 else ():
+            first = place - plan.spans[index].start
+            yield numbers[first : first + n * n].view(n, n)
+            place += n * n
+
+    for row in plan.table.tolist():
+        if row[Column.PARAM] == index:
+            rows = pieces(row[Column.ROWS], row[Column.ROW_PIECES])
+            columns = pieces(row[Column.COLUMNS], row[Column.COLUMN_PIECES])
+            left, right = squares(row[Column.LEFT], rows), squares(row[Column.RIGHT], columns)
+            found.append(Matrix(rows, columns, list(left), list(right)))
+    return found
+
+
 # --------------------------------------------------------------------------- by the textbook
 
 
@@ -84,23 +116,21 @@ class DenseOracle(Oracle):
         self.optimizer = optimizer
 
     def blocks(self):
-        """Per row block, the dense Q (rows in C order) and v."""
-        for p, count in zip(parameters_of(self.optimizer), BLOCKS, strict=True):
-            entry = {k: t.detach().double() for k, t in self.optimizer.state[p].items()}
-            rows = p.shape[0] // count if p.dim() else 1
-            sides = {"left", "right"} & entry.keys()
-            for k in range(count):
-                v = entry["accumulator"].reshape(count, -1)[k]
-                v = v + self.floor() * v.max() if sides and v.numel() else v
-                if p.numel() == 0:
-                    yield torch.eye(len(v), dtype=torch.float64), v
-                    continue
-                columns = len(v) // rows
+        """Per matrix, the dense Q (rows in C order) and v, on its floor."""
+        for p in parameters_of(self.optimizer):
+            v = self.optimizer.state[p]["accumulator"].detach().double().reshape(-1)
+            for matrix in matrices(self.optimizer, p):
+                rows, columns = matrix.rows, matrix.columns
+                own, v = v.split([sum(rows) * sum(columns), v.numel() - sum(rows) * sum(columns)])
+                own = own.view(sum(rows), sum(columns)).clone()
+                if matrix.left or matrix.right:
+                    for tile in (t for strip in own.split(rows) for t in strip.split(columns, 1)):
+                        tile += self.floor() * tile.max()
                 left, right = (
-                    entry[side][k] if side in entry else torch.eye(n, dtype=torch.float64)
-                    for side, n in (("left_basis", rows), ("right_basis", columns))
+                    torch.block_diag(*squares).double() if squares else torch.eye(n).double()
+                    for squares, n in ((matrix.left, sum(rows)), (matrix.right, sum(columns)))
                 )
-                yield torch.kron(left.contiguous(), right.contiguous()), v
+                yield torch.kron(left.contiguous(), right.contiguous()), own.reshape(-1)
 
     def floor(self):
         """A thousand roundings, and a part that fades."""
@@ -130,7 +160,7 @@ def test_steps_follow_the_textbook(name, dtype, fused):
     params = parameters(dtype)
     options = dict(RUNS[name], weight_decay=0.02)
     optimizer = factored(params, fused=fused, **options)
-    own = ("init", "max_factor_dim", "max_vector_dim", "factor_interval")
+    own = ("init", "block_size", "max_vector_dim", "factor_interval")
     options = {key: value for key, value in options.items() if key not in own}
     oracle = DenseOracle(optimizer, **options)
     if name != "alone":
@@ -164,17 +194,17 @@ def test_bases_are_refreshed_at_the_first_step_and_every_interval(momentum, fuse
     """The first step finds the eigenbases of its own gradient; decisions count calls."""
     params = parameters(torch.float64)
     optimizer = factored(params, **dict(ALONE, momentum=momentum, factor_interval=3), fused=fused)
-    changed = []
+    changed, basis = [], torch.eye(3)
     for step in range(9):
-        before = optimizer.state[params[0]].get("left_basis", torch.eye(3)).clone()
+        before = basis.clone()
         set_gradients(params, step)
         if step == 4:
             params[0].grad[0, 0] = nan
         optimizer.step()
-        changed.append(not torch.equal(before, optimizer.state[params[0]]["left_basis"]))
+        basis = matrices(optimizer, params[0])[0].left[0]
+        changed.append(not torch.equal(before, basis))
         if step == 0:
             g = params[0].grad[0:3]
-            basis = optimizer.state[params[0]]["left_basis"][0]
             turned = basis.T @ g @ g.T @ basis
             turned.diagonal().zero_()
             assert turned.norm() < 1e-3 * g.norm() ** 2
@@ -240,11 +270,11 @@ def test_defaults_move_the_parameters(fused):
 
 @both_backends
 def test_without_factors_it_is_rmsprop(fused):
-    """Vectors, and matrices whose sides are all too long."""
+    """Blocks of one element are none."""
     params, twins = parameters(torch.float64), parameters(torch.float64)
     options = dict(SAFEGUARDS, lr=0.05, decay=0.9, eps=1e-3, fused=fused, history_size=3)
     options.update(update_interval=3, fisher_size=4)
-    a = plain_adaqn(params, init="kronecker", max_factor_dim=1, **options)
+    a = plain_adaqn(params, init="kronecker", block_size=1, **options)
     b = plain_adaqn(twins, init="rmsprop", **options)
     for step in range(20):
         advance(a, step, step + 1)
@@ -430,7 +460,7 @@ def test_parameters_without_gradient_stand_still(name, fused):
             w, entry = before[index]
             assert torch.equal(params[index], w)
             now = optimizer.state[params[index]]
-            for key in {"accumulator", "momentum", "left", "right", "left_basis"} & entry.keys():
+            for key in {"accumulator", "momentum", "factors", "bases"} & entry.keys():
                 assert torch.equal(now[key], entry[key]), key
 
 
@@ -445,7 +475,8 @@ def test_complex_parameters_count_as_pairs_of_real_ones(fused):
         z.grad = torch.view_as_complex(x.grad.clone())
         a.step()
         b.step()
-    assert a.state[x]["left_basis"].shape == (3, 2, 2) and a.stats()["stored"] > 1
+    assert [len(m.left[0]) for m in matrices(a, z if z in a.state else x)] == [2, 2, 2]
+    assert a.stats()["stored"] > 1
     assert torch.equal(x.detach(), torch.view_as_real(z.detach()))
 
 
@@ -481,23 +512,24 @@ def test_state_holds_the_factors_as_views():
     optimizer = factored(params, **EVERYTHING)
     advance(optimizer, 0, 2)
     expected = {
-        0: dict(left=(1, 3, 3), right=(1, 5, 5)),
-        1: dict(left=(2, 3, 3), right=(2, 4, 4)),
-        3: dict(left=(1, 2, 2), right=(1, 6, 6)),
-        4: {},
-        5: {},
-        6: dict(right=(1, 4, 4)),
-        7: dict(right=(1, 2, 2)),
-        8: {},
-        9: dict(left=(1, 4, 4)),
+        0: [([3], [5])],
+        1: [([3], [4]), ([3], [4])],
+        2: [([3], [5])],
+        3: [([2], [6])],
+        6: [([], [4])],
+        7: [([6, 5], [2])],
+        9: [([4], [])],
     }
-    for index, shapes in expected.items():
-        entry = optimizer.state[params[index]]
-        assert entry["accumulator"].shape == entry["momentum"].shape == params[index].shape
-        for side in ("left", "right"):
-            assert (side in entry) == (f"{side}_basis" in entry) == (side in shapes)
-            if side in shapes:
-                assert entry[side].shape == entry[f"{side}_basis"].shape == shapes[side]
+    for index, p in enumerate(params):
+        entry = optimizer.state[p]
+        assert entry["accumulator"].shape == entry["momentum"].shape == p.shape
+        assert ("factors" in entry) == ("bases" in entry) == (index in expected)
+        for kind in ("factors", "bases") if index in expected else ():
+            found = matrices(optimizer, p, kind)
+            sides = [([len(q) for q in m.left], [len(q) for q in m.right]) for m in found]
+            assert sides == expected[index]
+            numel = sum(n * n for side in sides for lengths in side for n in lengths)
+            assert entry[kind].shape == (numel,)
     # What is written into the state is what the next step sees.
     twin = factored(parameters(), **EVERYTHING)
     advance(twin, 0, 2)
@@ -563,7 +595,7 @@ def test_loading_other_blocks_changes_nothing():
     before = snapshot(optimizer)
     bad = copy.deepcopy(other.state_dict())
     bad["param_groups"][0]["blocks"] = BLOCKS
-    with pytest.raises(ValueError, match=r"parameter 1.*left.*\(2, 3, 3\).*\(1, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"parameter 1.*factors.*\(50,\).*\(52,\)"):
         optimizer.load_state_dict(bad)
     bad["param_groups"][0]["blocks"] = [1, 5, *BLOCKS[2:]]
     with pytest.raises(ValueError, match=r"blocks: got 5.*\(6, 4\)"):
@@ -631,13 +663,13 @@ def test_group_added_during_training(name, fused):
     assert [group["blocks"] for group in optimizer.param_groups] == [[1, 2], [3, 1]]
     assert_same(([], [dict(optimizer.state[p]) for p in old]), ([], before))
     entry = {key: t.clone() for key, t in optimizer.state[new[0]].items()}
-    assert torch.equal(entry["right_basis"], torch.eye(5).expand(3, 5, 5))
-    assert not entry["accumulator"].any() and not entry["right"].any()
+    assert torch.equal(entry["bases"], torch.eye(5).expand(3, 5, 5).reshape(-1))
+    assert not entry["accumulator"].any() and not entry["factors"].any()
     for step in range(7, 16):
         set_gradients(old + new, step)
         optimizer.step()
     assert all(p.isfinite().all() for p in old + new)
-    assert not torch.equal(entry["right_basis"], optimizer.state[new[0]]["right_basis"])
+    assert not torch.equal(entry["bases"], optimizer.state[new[0]]["bases"])
 
 
 def test_failed_add_param_group_changes_nothing():
@@ -670,6 +702,92 @@ def test_blocks_may_be_given_for_the_optimizer_or_for_a_group():
     assert [group["blocks"] for group in groups] == [[1], [4]]
 
 
+@both_backends
+def test_blocks_of_unequal_heights_are_parameters_of_their_own(fused):
+    (whole,) = random_parameters([(7, 4)], torch.float64)
+    parts = [nn.Parameter(part.clone()) for part in whole.detach().split([4, 1, 2])]
+    a = plain_adaqn([whole], blocks={whole: (4, 1, 2)}, fused=fused, **ALONE)
+    b = plain_adaqn(parts, fused=fused, **ALONE)
+    assert a.param_groups[0]["blocks"] == [[4, 1, 2]]
+    for step in range(15):
+        set_gradients([whole], step)
+        for part, g in zip(parts, whole.grad.split([4, 1, 2]), strict=True):
+            part.grad = g.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in parts]))
+    resumed = AdaQN([whole])
+    resumed.load_state_dict(round_trip(a.state_dict()))
+    assert resumed.param_groups[0]["blocks"] == [[4, 1, 2]]
+
+
+# --------------------------------------------------------------------------- mixed groups
+
+
+@both_backends
+def test_groups_may_differ_in_their_initial_matrix(fused):
+    """Each steps as an optimizer of its own, as long as no basis has had its turn."""
+    shapes = [(3, 5), (8, 4), (6, 2), (4,)]
+    options = dict(ALONE, fused=fused)
+    del options["init"], options["block_size"]
+    sizes = [dict(init="rmsprop"), dict(block_size=4), dict(block_size=3), dict(init="rmsprop")]
+    together, alone = random_parameters(shapes), random_parameters(shapes)
+    groups = [{"params": [p], **size} for p, size in zip(together, sizes, strict=True)]
+    one = plain_adaqn(groups, **dict(options, init="kronecker"))
+    many = [
+        plain_adaqn([p], **{**options, "init": "kronecker", **size})
+        for p, size in zip(alone, sizes, strict=True)
+    ]
+    for step in range(12):
+        set_gradients(together, step)
+        set_gradients(alone, step)
+        for optimizer in (one, *many):
+            optimizer.step()
+        for p, q in list(zip(together, alone, strict=True))[:: 1 if step == 0 else 3]:
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert "factors" not in one.state[together[0]] and "factors" in one.state[together[1]]
+
+
+def test_only_a_diagonal_of_the_same_kind_mixes_with_factors():
+    a, b = random_parameters([(2, 3), (3,)])
+    for first, second in (("kronecker", "adagrad"), ("scalar", "rmsprop"), ("rmsprop", "adagrad")):
+        with pytest.raises(ValueError, match=f"init: .*'{second}'.*'{first}'.*may be mixed"):
+            AdaQN([{"params": [a]}, {"params": [b], "init": second}], init=first)
+    optimizer = AdaQN([{"params": [a], "init": "rmsprop"}])
+    optimizer.add_param_group({"params": [b], "init": "kronecker"})
+    assert [group["init"] for group in optimizer.param_groups] == ["rmsprop", "kronecker"]
+    with pytest.raises(ValueError, match="init: .*may be mixed"):
+        optimizer.add_param_group({"params": random_parameters([(2,)]), "init": "scalar"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("init", "rmsprop"), ("block_size", 2)])
+def test_a_group_keeps_what_gives_its_state_the_shape(name, value):
+    a, b = random_parameters([(4, 3), (3, 4)])
+    optimizer = AdaQN([{"params": [a]}, {"params": [b]}])
+    set_gradients([a, b], 0)
+    optimizer.step()
+    before, was = snapshot(optimizer), optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(RuntimeError, match=f"{name}: was {was!r}"):
+        optimizer.step()
+    optimizer.param_groups[1][name] = was
+    assert_same(snapshot(optimizer), before)
+    optimizer.step()
+
+
+def test_the_old_name_of_block_size_is_deprecated():
+    (p,) = random_parameters([(4, 3)])
+    with pytest.warns(FutureWarning, match="pass block_size=5"):
+        assert AdaQN([p], max_factor_dim=5).param_groups[0]["block_size"] == 5
+
+
+def test_repr_tells_how_much_has_factors():
+    params = random_parameters([(10, 5), (1, 30), (100,)])
+    text = repr(AdaQN(params, block_size=4))
+    assert "Factors: on both sides of 27.8 % of them, on one of 16.7 %, on none of 55.6 %" in text
+    assert "Factors" not in repr(AdaQN(params, init="rmsprop"))
+
+
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
@@ -687,7 +805,7 @@ def test_lstm_learns(name, fused):
     model = Tagger()
     inputs = torch.randn(32, 6, 3)
     targets = inputs.sum(2, keepdim=True).cumsum(1).tanh()
-    options = dict(RUNS[name], lr=0.02, eps=1e-16, max_factor_dim=600, max_direction=1.0)
+    options = dict(RUNS[name], lr=0.02, eps=1e-16, block_size=600, max_direction=1.0)
     optimizer = plain_adaqn(model.parameters(), blocks=rnn_blocks(model), fused=fused, **options)
     losses = []
     for _ in range(60):
@@ -696,5 +814,6 @@ def test_lstm_learns(name, fused):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert optimizer.state[model.rnn.weight_hh_l0]["left"].shape == (4, 8, 8)
+    gates = matrices(optimizer, model.rnn.weight_hh_l0)
+    assert [(len(m.left[0]), len(m.right[0])) for m in gates] == [(8, 8)] * 4
     assert losses[-1] < 0.1 * losses[0]

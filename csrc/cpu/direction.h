@@ -1,5 +1,5 @@
-// The three passes of a step.  Their mathematics is in section 3 of each function's counterpart in
-// adaqn_cuda/reference.py; all sizes and dtypes have been checked by the caller.
+// The three passes of a step.  Their mathematics is in each function's counterpart in
+// adaqn_cuda/reference/direction.py; all sizes and dtypes have been checked by the caller.
 #pragma once
 
 #include <vector>

@@ -1,8 +1,8 @@
-// The operations of adaqn_cuda/reference.py on a CUDA device, for callers without torch.
+// The operations of adaqn_cuda/reference on a CUDA device, for callers without torch.
 //
 // Every function enqueues kernels on a stream and returns: it allocates nothing, waits for nothing
 // and reads no device memory.  Names, shapes and meaning of the buffers are those of
-// adaqn_cuda/arena.py and reference.py.  Rings are rows of `numel` elements, `stride` apart.
+// adaqn_cuda/arena.py and reference.  Rings are rows of `numel` elements, `stride` apart.
 
 #pragma once
 
