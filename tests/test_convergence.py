@@ -223,9 +223,9 @@ def test_a_peer_makes_the_loss_fall_at_some_lr_of_its_grid(method, task):
     from experiments.training import Run, execute
 
     task, method = short(task, 30), METHODS[method]
-    results = [execute(Run(task, method, lr, seed=0), None) for lr in method.grid(task)]
-    assert all(r["loss"] is not None and r["state_bytes"] > 0 for r in results[:3])
-    assert min(r["loss"] for r in results[:3]) < 0.7 * results[0]["curve"][0][1]
+    results = [execute(Run(task, method, lr, seed=0), None) for lr in method.grid(task)[:3]]
+    assert all(r["loss"] is not None and r["state_bytes"] > 0 for r in results)
+    assert min(r["loss"] for r in results) < 0.7 * results[0]["curve"][0][1]
 
 
 def gradients(count, *shape):
