@@ -277,6 +277,17 @@ def test_soap_turns_with_the_gradients():
     torch.testing.assert_close([left @ m @ right for m in mine], turned)
 
 
+def test_what_soap_knows_of_a_column_stays_with_it_when_columns_are_sorted():
+    import torch
+    from experiments.peers.soap import refresh
+
+    factor, v = torch.tensor([1.0, 3.0, 2.0]).diag(), torch.arange(6.0).view(3, 2)
+    state = {"factors": {0: factor}, "bases": {0: torch.eye(3)}, "v": v}
+    refresh(state)
+    torch.testing.assert_close(state["bases"][0].abs(), torch.eye(3)[:, [1, 2, 0]])
+    torch.testing.assert_close(state["v"], v[[1, 2, 0]])
+
+
 def test_gates_have_a_state_of_their_own():
     import torch
     from experiments.peers import SOAP
