@@ -39,10 +39,12 @@ struct LookAhead {
 };
 
 /// 1 / (1 - keep^t), by which an average that began at zero is too small; 1 for a sum (keep = 1).
-ADAQN_HOST_DEVICE inline double bias_correction(const int64_t* counters, double keep,
-                                                bool enabled) {
+/// `pending` is 1 before an accepted step is counted, and 0 after.
+ADAQN_HOST_DEVICE inline double bias_correction(const int64_t* counters, double keep, bool enabled,
+                                                int pending = 1) {
   if (!enabled || keep == 1) return 1;
-  return 1 / (1 - pow(keep, static_cast<double>(counters[counter::accepted] + 1)));
+  const double t = static_cast<double>(counters[counter::accepted] + pending);
+  return 1 / (1 - pow(keep, t < 1 ? 1 : t));
 }
 
 }  // namespace adaqn
