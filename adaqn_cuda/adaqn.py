@@ -13,13 +13,22 @@ from torch.optim import Optimizer
 
 from . import ops
 from .arena import Arena, Buffers, Sizes, real_view
-from .blocks import check_blocks
+from .blocks import Blocks, as_blocks, check_blocks, heights
 from .compiled import register
 from .curvature import Product
 from .interrupts import uninterrupted
-from .kronecker import Kronecker
 from .layout import Counter, Loss
-from .options import CHECKS, COMMON, LiveOptions, check_callable, validate, validate_group
+from .options import (
+    CHECKS,
+    COMMON,
+    GROUPED,
+    LiveOptions,
+    check_callable,
+    common_options,
+    validate,
+    validate_group,
+)
+from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
 from .step import Call, Hooks, Monitor, Settings, is_hookless
@@ -198,7 +207,7 @@ class AdaQN(Optimizer):
         max_direction: float = 1.0,
         bias_correction: bool = True,
         max_grad_norm: float = inf,
-        max_factor_dim: int = 600,
+        block_size: int = 128,
         max_vector_dim: int = 64,
         factor_interval: int = 5,
         blocks: Mapping[Tensor, int] | None = None,
@@ -227,7 +236,7 @@ class AdaQN(Optimizer):
         if blocks is not None:
             check_blocks(blocks, self._parameters())
             for group in self.param_groups:
-                group["blocks"] = [int(blocks.get(p, 1)) for p in group["params"]]
+                group["blocks"] = [as_blocks(blocks.get(p, 1)) for p in group["params"]]
             self._note_blocks()
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
@@ -249,6 +258,10 @@ class AdaQN(Optimizer):
             validate_group(param_group, common)
             for name in COMMON:  # as they are now, whatever they were at first
                 param_group.setdefault(name, common[name])
+            for name in GROUPED:
+                found = [group[name] for group in self.param_groups]
+                alike = len(set(found)) == 1
+                param_group.setdefault(name, found[0] if alike else self.defaults[name])
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -256,7 +269,7 @@ class AdaQN(Optimizer):
             _check_dtypes(group["params"])
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
-            group["blocks"] = [int(given.get(p, 1)) for p in group["params"]]
+            group["blocks"] = [as_blocks(given.get(p, 1)) for p in group["params"]]
             self._known_blocks.update(zip(group["params"], group["blocks"], strict=True))
             if self._arena is not None:
                 self._refit()
@@ -266,7 +279,7 @@ class AdaQN(Optimizer):
 
     def _common(self) -> dict[str, Any]:
         """The options that all groups share."""
-        return self.param_groups[0] if self.param_groups else self.defaults
+        return common_options(self.param_groups or [self.defaults])
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -278,17 +291,22 @@ class AdaQN(Optimizer):
             check_callable(name, getattr(self, name), common["history_size"])
 
     def _sizes(self) -> Sizes:
-        return Sizes.of(self._parameters(), self._common())
+        return Sizes.of(self._parameters(), self._common(), self._plan(self.param_groups))
 
-    def _state_bytes(self) -> int:
-        """Device memory of the state, allocated or not."""
-        sizes, common = self._sizes(), self._common()
+    def _plan(self, groups: list[dict[str, Any]]) -> Plan | None:
+        """The Kronecker factors under the options of ``groups``, if there are to be any."""
+        common = common_options(groups)
         if common["init"] != "kronecker":
-            return sizes.bytes()
-        self._match_blocks()
-        views = [real_view(p.detach()) for p in self._parameters()]
-        blocks = self._blocks(self.param_groups)
-        return sizes.bytes() + Kronecker.bytes(views, blocks, sizes.dtype, **_longest(common))
+            return None
+        shapes = [real_view(p.detach()).shape for p in self._parameters()]
+        blocks = [n for group in groups for n in group["blocks"]]
+        sizes = [
+            group["block_size"] if group["init"] == "kronecker" else None
+            for group in groups
+            for _ in group["blocks"]
+        ]
+        cuts = [Cut(heights(*own), size) for *own, size in zip(shapes, blocks, sizes, strict=True)]
+        return Plan(shapes, cuts, common["max_vector_dim"])
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -296,17 +314,12 @@ class AdaQN(Optimizer):
         self._live = LiveOptions()
         self._watch: Watch | None = None
         self._first_rates: list[float | Tensor] = []
-        self._known_blocks: dict[Tensor, int] = {}
-        self._seen_blocks: list[list[int]] = []
+        self._known_blocks: dict[Tensor, Blocks] = {}
+        self._seen_blocks: list[list[Blocks]] = []
         self._halfway = False
 
-    def _new_arena(
-        self,
-        common: dict[str, Any],
-        groups: list[dict[str, Any]] | None = None,
-        momentum: bool = False,
-    ) -> Arena:
-        """Buffers for all parameters under the options ``common`` and the blocks of ``groups``.
+    def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
+        """Buffers for all parameters under the options of ``groups``.
 
         With ``momentum``, there is room for it even where it is zero now.
         """
@@ -320,17 +333,10 @@ class AdaQN(Optimizer):
             )
         check_memory(params)
         with torch.inference_mode(False):  # the state outlives the mode
-            sizes, kronecker = Sizes.of(params, common, momentum), None
-            if common["init"] == "kronecker":
-                views = [real_view(p.detach()) for p in params]
-                blocks = self._blocks(groups or self.param_groups)
-                check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n > 1}, params)
-                kronecker = Kronecker(views, blocks, sizes.dtype, **_longest(common))
-            return Arena(params, sizes, kronecker)
-
-    @staticmethod
-    def _blocks(groups: list[dict[str, Any]]) -> list[int]:
-        return [n for group in groups for n in group["blocks"]]
+            blocks = [n for group in groups for n in group["blocks"]]
+            check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n != 1}, params)
+            plan = self._plan(groups)
+            return Arena(params, Sizes.of(params, common_options(groups), plan, momentum), plan)
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
@@ -341,7 +347,7 @@ class AdaQN(Optimizer):
             entries = arena.views()
             self.state.update(zip(arena.params, entries, strict=True))
             self._watch = Watch(arena.params, entries)
-            self._live.fix(self._common())
+            self._live.fix(self.param_groups)
 
     def _reconcile(self) -> None:
         """Honour what has been replaced since the last call, or raise; nothing is written before.
@@ -377,7 +383,7 @@ class AdaQN(Optimizer):
             given = group.get("blocks", blocks)
             members = isinstance(given, list) and len(given) == len(blocks)
             same = members and all(p in self._known_blocks for p in group["params"])
-            if not isinstance(given, list) or (same and sorted(given) != sorted(blocks)):
+            if not isinstance(given, list) or (same and _sorted(given) != _sorted(blocks)):
                 raise RuntimeError(
                     f"blocks: a group had {blocks}, and has {given} now; set them back, or make a "
                     "new optimizer"
@@ -472,7 +478,7 @@ class AdaQN(Optimizer):
         self._check_whole()
         self._reconcile()
         if self._arena is None:
-            self._bind(self._new_arena(self._common()), calls=0)
+            self._bind(self._new_arena(self.param_groups), calls=0)
 
     def _check_whole(self) -> None:
         if self._halfway:
@@ -544,8 +550,11 @@ class AdaQN(Optimizer):
         standing = [g is None for g in grads]
         before = [flag for group in self.param_groups for flag in group.get("standing", ())]
         anew = bool(before) and standing != before
-        call = Call(backend.ops, owners, params, grads, state, settings, hooks, number, anew)
-        by_torch = backend.name == "reference" or call.has_products
+        atomic = backend.name == "native"
+        call = Call(
+            backend.ops, owners, params, grads, state, settings, hooks, number, anew, atomic
+        )
+        by_torch = not atomic or call.has_products
 
         def finish() -> None:
             # Native kernels write behind autograd's back; a graph that saved a parameter must know.
@@ -603,8 +612,13 @@ class AdaQN(Optimizer):
             "state_bytes": self._state_bytes(),
         }
 
+    def _state_bytes(self) -> int:
+        """Device memory of the state, allocated or not."""
+        self._match_blocks()
+        return self._sizes().bytes()
+
     def __repr__(self) -> str:
-        numel, state = self._sizes().numel, self._state_bytes()
+        state, numel = self._state_bytes(), self._sizes().numel
         backend = ops.select_backend(self._parameters()[0].device, self._common()["fused"])
         per_parameter = f"{state / max(numel, 1):.1f} bytes per parameter"
         return (
@@ -676,7 +690,7 @@ class AdaQN(Optimizer):
     ) -> Arena:
         """An arena for the parameters under the options of ``groups``, filled with ``entries``."""
         momentum = any("momentum" in entry for entry in entries)
-        arena = self._new_arena(groups[0], groups, momentum)
+        arena = self._new_arena(groups, momentum)
         arena.check(entries, complete)
         arena.adopt(entries)
         return arena
@@ -706,9 +720,8 @@ class AdaQN(Optimizer):
         self._bind(arena, 0 if arena is None else int(arena.calls))
 
 
-def _longest(common: dict[str, Any]) -> dict[str, int]:
-    """The longest sides that are factored."""
-    return {name: common[name] for name in ("max_factor_dim", "max_vector_dim")}
+def _sorted(blocks: list[Blocks]) -> list[Blocks]:
+    return sorted(blocks, key=repr)
 
 
 def _drop_duplicates(group: dict[str, Any]) -> None:

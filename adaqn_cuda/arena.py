@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kronecker import Kronecker
 from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
+from .plan import Plan
 
 #: Buffers with one entry per scalar parameter; the rings have one row of them per slot.
 VECTORS = (
     "accumulator", "momentum", "iterate_sum", "anchor", "gradient_sum", "anchor_gradient",
 )  # fmt: skip
 RINGS = ("s_ring", "y_ring", "fisher")
+#: Buffers of Kronecker factors, of which a parameter has a part of another size.
+FACTORED = ("factors", "bases")
 #: Rows of rings begin at multiples of so many bytes, which the CUDA kernels take at a time.
 ROW_BYTES = 16
 #: Buffers that belong to the optimizer as a whole.  Checkpoints hold these and views of the above.
-SHARED = ("gram", "moments", "losses", "counters", "calls")
+SHARED = ("gram", "moments", "losses", "counters", "calls", "square")
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -50,6 +52,7 @@ class Sizes:
         history_size: curvature pairs kept; without any, the state of a diagonal method remains.
         fisher_size: rows of the Fisher ring: gradients kept, or 1 for a y that is given.
         init: initial matrix.
+        factors: numbers in Kronecker factors; ``None`` for another initial matrix.
         momentum: whether there is momentum.
         gradients: whether gradients are averaged as iterates are.
         history_dtype: dtype of the pairs.
@@ -61,6 +64,7 @@ class Sizes:
     history_size: int
     fisher_size: int
     init: str
+    factors: int | None
     momentum: bool
     gradients: bool
     history_dtype: torch.dtype
@@ -68,9 +72,13 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, params: Iterable[Tensor], options: Mapping[str, Any], momentum: bool = False
+        cls,
+        params: Iterable[Tensor],
+        options: Mapping[str, Any],
+        plan: Plan | None,
+        momentum: bool = False,
     ) -> Sizes:
-        """Sizes for ``params`` and the optimizer's common ``options``.
+        """Sizes for ``params``, the optimizer's common ``options``, and the plan of factors.
 
         With ``momentum``, there is room for it even where the options say that it is zero now.
         """
@@ -83,6 +91,7 @@ class Sizes:
             history_size=options["history_size"],
             fisher_size=options["fisher_size"] if of_gradients else 1,
             init=options["init"],
+            factors=None if plan is None else plan.factors,
             momentum=momentum or options["momentum"] > 0,
             gradients=options["curvature"] == "gradients" and options["history_size"] > 0,
             history_dtype=options["history_dtype"] or dtype,
@@ -91,24 +100,30 @@ class Sizes:
 
     def vectors(self) -> list[str]:
         """Names of the buffers of one entry per scalar parameter."""
-        pairs, kronecker = self.history_size > 0, self.init == "kronecker"
+        pairs = self.history_size > 0
         wanted = {
-            "accumulator": self.init in ("adagrad", "rmsprop"),
+            "accumulator": self.init != "scalar",
             "momentum": self.momentum,
             "iterate_sum": pairs,
             "anchor": pairs,
             "gradient_sum": self.gradients,
             "anchor_gradient": self.gradients,
-            "direction": pairs or kronecker,
+            "direction": pairs,
         }
         return [name for name, present in wanted.items() if present]
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every buffer, those of a Kronecker initial matrix apart."""
+        """Shape and dtype of every buffer."""
         d, slots = self.numel, pair_slots(self.history_size)
         rows = self.fisher_size if slots else 0
+        matrix = {} if self.factors is None else {
+            "factors": ((self.factors,), self.dtype),
+            "bases": ((self.factors,), self.dtype),
+            "square": ((1,), torch.float64),
+        }  # fmt: skip
         return {
             **{name: ((d,), self.dtype) for name in self.vectors()},
+            **matrix,
             "s_ring": ((slots, d), self.history_dtype),
             "y_ring": ((slots, d), self.history_dtype),
             "fisher": ((rows, d), self.fisher_dtype),
@@ -138,7 +153,7 @@ class Sizes:
 
 
 class Buffers:
-    """The buffers of :meth:`Sizes.buffers`, by name, and those of a Kronecker initial matrix."""
+    """The buffers of :meth:`Sizes.buffers`, by name, and the table of a plan of factors."""
 
     accumulator: Tensor | None = None
     momentum: Tensor | None = None
@@ -158,7 +173,10 @@ class Buffers:
     images: Tensor
     weights: Tensor
     column: Tensor
-    kronecker: Kronecker | None = None
+    factors: Tensor | None = None
+    bases: Tensor | None = None
+    square: Tensor | None = None
+    table: Tensor | None = None
 
     def __init__(self, dtype: torch.dtype, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
         self.dtype = dtype
@@ -172,39 +190,39 @@ class Arena(Buffers):
     ``calls`` is the number of counted calls of ``step()``, as a 0-d int64 tensor on the CPU.
     """
 
-    def __init__(
-        self, params: list[Tensor], sizes: Sizes, kronecker: Kronecker | None = None
-    ) -> None:
+    def __init__(self, params: list[Tensor], sizes: Sizes, plan: Plan | None) -> None:
         self.sizes = sizes
+        self.plan = plan
         self.params = params
         self.device = params[0].device
         self.names = tuple(sizes.buffers())
         super().__init__(sizes.dtype, self.names, sizes.allocate(self.device))
-        self.kronecker = kronecker
+        if plan is not None:
+            self.table = plan.table
+            for place, side in plan.squares():
+                self.bases[place : place + side**2].view(side, side).fill_diagonal_(1)
         self.losses.fill_(torch.nan)
         self.calls = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def tensors(self) -> list[Tensor]:
-        """All buffers: in the order of ``names``, then those of the Kronecker initial matrix."""
-        own = [getattr(self, name) for name in self.names]
-        return own if self.kronecker is None else own + self.kronecker.tensors()
+        """All buffers, in the order of ``names``."""
+        return [getattr(self, name) for name in self.names]
 
     def over(self, tensors: list[Tensor]) -> Buffers:
         """The same structure over other tensors, given in the order of :meth:`tensors`."""
-        count = len(self.names)
-        buffers = Buffers(self.dtype, self.names, tensors[:count])
-        if self.kronecker is not None:
-            buffers.kronecker = self.kronecker.with_tensors(tensors[count:])
+        buffers = Buffers(self.dtype, self.names, tensors)
+        buffers.table = self.table
         return buffers
 
     def views(self) -> list[dict[str, Tensor]]:
         """Per parameter, its part of every persistent buffer, shaped like the parameter.
 
         Rings have a leading dimension over the slots, complex parameters a trailing one of size 2.
-        The shared words are the same tensors for all parameters.
+        Kronecker factors and their bases are one square after the other, in a row.  The shared
+        words are the same tensors for all parameters.
         """
-        shared = {name: getattr(self, name) for name in SHARED}
-        entries, start = self._own_views(), 0
+        shared = {name: getattr(self, name) for name in SHARED if getattr(self, name) is not None}
+        entries, start = self._factors_of_each(), 0
         for entry, p in zip(entries, self.params, strict=True):
             shape = real_view(p.detach()).shape
             end = start + shape.numel()
@@ -215,9 +233,14 @@ class Arena(Buffers):
             start = end
         return entries
 
-    def _own_views(self) -> list[dict[str, Tensor]]:
-        """Per parameter, what belongs to the Kronecker initial matrix."""
-        return [{} for _ in self.params] if self.kronecker is None else self.kronecker.views()
+    def _factors_of_each(self) -> list[dict[str, Tensor]]:
+        """Per parameter, its factors and their bases, if it has any."""
+        if self.plan is None:
+            return [{} for _ in self.params]
+        return [
+            {} if span.start == span.stop else {k: getattr(self, k)[span] for k in FACTORED}
+            for span in self.plan.spans
+        ]
 
     def _kinds(self) -> list[str]:
         """Buffers that have a part for each parameter, and any rows at all."""
@@ -233,7 +256,7 @@ class Arena(Buffers):
         """
         own, start = self.views(), 0
         joining = any(not entry for entry in entries)
-        for name in SHARED:
+        for name in own[0].keys() & set(SHARED):
             own[0][name].copy_(next(entry for entry in entries if entry)[name])
         if self.momentum is not None and not any("momentum" in entry for entry in entries):
             self.moments.zero_()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from numbers import Integral
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import Module, Parameter
 
 #: Gates whose matrices a recurrent layer stacks along the rows of ``weight_ih`` and ``weight_hh``.
@@ -35,47 +35,75 @@ def rnn_blocks(module: Module) -> dict[Parameter, int]:
     }
 
 
+#: Row blocks of a parameter: how many of equal height, or the height of each.
+Blocks = int | list[int]
+
+
+def as_blocks(given: Any) -> Blocks:
+    """What ``blocks`` has for a parameter, in the form that is kept and saved."""
+    return int(given) if isinstance(given, Integral) else [int(rows) for rows in given]
+
+
+def heights(shape: Size, blocks: Blocks) -> tuple[int, ...]:
+    """Rows of each row block."""
+    if isinstance(blocks, list):
+        return tuple(blocks)
+    rows = shape[0] if len(shape) else 1
+    return (rows // blocks,) * blocks
+
+
 def check_blocks(blocks: Any, params: Iterable[Tensor]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``blocks`` cuts some of ``params`` into rows."""
     if not isinstance(blocks, MappingABC):
         raise TypeError(
-            f"blocks: expected a mapping from parameters to ints, got {blocks!r}; pass e.g. "
-            "rnn_blocks(model)"
+            f"blocks: expected a mapping from parameters to ints or lists of ints, got {blocks!r}; "
+            "pass e.g. rnn_blocks(model)"
         )
     known = {id(p) for p in params}
-    for parameter, count in blocks.items():
-        _check_count(parameter, count)
-        _check_parameter(parameter, count, known)
+    for parameter, given in blocks.items():
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"blocks: expected parameters as keys, got {parameter!r}; use the parameter "
+                "itself, not its name"
+            )
+        _check_numbers(parameter, given)
+        _check_parameter(parameter, given, known)
 
 
-def _check_count(parameter: Any, count: Any) -> None:
-    if not isinstance(parameter, Tensor):
-        raise TypeError(
-            f"blocks: expected parameters as keys, got {parameter!r}; use the parameter itself, "
-            "not its name"
-        )
-    rule = f"blocks: expected an int >= 1 for the parameter of shape {tuple(parameter.shape)}"
-    remedy = "give the number of matrices stacked along its rows"
-    if isinstance(count, bool) or not isinstance(count, Integral):
-        raise TypeError(f"{rule}, got {count!r}; {remedy}")
-    if count < 1:
-        raise ValueError(f"{rule}, got {count!r}; {remedy}")
+def _check_numbers(parameter: Tensor, given: Any) -> None:
+    rule = (
+        "blocks: expected an int >= 1, or a list of them, for the parameter of shape "
+        f"{tuple(parameter.shape)}"
+    )
+    remedy = "give the number of matrices stacked along its rows, or the rows of each"
+    numbers = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, Integral) for n in numbers):
+        raise TypeError(f"{rule}, got {given!r}; {remedy}")
+    if any(n < 1 for n in numbers):
+        raise ValueError(f"{rule}, got {given!r}; {remedy}")
 
 
-def _check_parameter(parameter: Tensor, count: int, known: set[int]) -> None:
+def _check_parameter(parameter: Tensor, given: Any, known: set[int]) -> None:
     shape = tuple(parameter.shape)
     if id(parameter) not in known:
         raise ValueError(
-            f"blocks: got {count} for a parameter of shape {shape} that is not among the "
+            f"blocks: got {given} for a parameter of shape {shape} that is not among the "
             "optimizer's; pass that parameter to the optimizer too, or leave it out of blocks"
         )
     if parameter.dim() < 2:
         raise ValueError(
-            f"blocks: got {count} for a parameter of shape {shape}, which has no rows to cut; only "
+            f"blocks: got {given} for a parameter of shape {shape}, which has no rows to cut; only "
             "parameters of at least 2 dimensions have, leave the others out"
         )
-    if shape[0] % count:
+    if isinstance(given, Integral):
+        if shape[0] % given:
+            raise ValueError(
+                f"blocks: got {given} for a parameter of shape {shape}, but {shape[0]} rows cannot "
+                f"be cut into {given} blocks of equal height; use a divisor of {shape[0]}, or list "
+                "the rows of each block"
+            )
+    elif sum(given) != shape[0]:
         raise ValueError(
-            f"blocks: got {count} for a parameter of shape {shape}, but {shape[0]} rows cannot be "
-            f"cut into {count} blocks of equal height; use a divisor of {shape[0]}"
+            f"blocks: got {given} for a parameter of shape {shape}: blocks of {sum(given)} rows in "
+            f"all, but it has {shape[0]}; list the rows of each block"
         )

@@ -53,6 +53,24 @@ SCHEMAS = {
         "Tensor? lr_tensor, Tensor? weight_decay_tensor, Tensor(b!)? momentum, "
         "Tensor(c!)? accumulator, Tensor(d!) projections, Tensor(e!) counters) -> ()"
     ),
+    "kronecker_step": (
+        "(Tensor(a!)[] params, Tensor?[] grads, Tensor table, Tensor? grad_scale, "
+        "Tensor? found_inf, bool maximize, float max_grad_norm, float beta, float keep, float eps, "
+        "bool correct_bias, int call, int interval, int[] group_sizes, float[] lr, "
+        "float[] weight_decay, Tensor? lr_tensor, Tensor? weight_decay_tensor, "
+        "Tensor(b!)? momentum, Tensor(c!) accumulator, Tensor(d!) factors, Tensor(e!) bases, "
+        "Tensor(f!) square, Tensor(g!) projections, Tensor(h!) counters) -> ()"
+    ),
+    "kronecker_accumulate": (
+        "(Tensor[] params, Tensor?[] grads, Tensor table, Tensor projections, Tensor counters, "
+        "Tensor? grad_scale, bool maximize, float max_grad_norm, float keep, int call, "
+        "int interval, Tensor(a!) accumulator, Tensor(b!) factors, Tensor(c!) bases, "
+        "Tensor(d!) square) -> ()"
+    ),
+    "kronecker_apply": (
+        "(Tensor table, Tensor counters, Tensor accumulator, Tensor bases, float keep, float eps, "
+        "bool correct_bias, int pending, bool inverse, Tensor(a!) x) -> ()"
+    ),
     "iterate_swap": (
         "(Tensor(a!)[] params, Tensor iterate_sum, Tensor projections, Tensor counters, "
         "Tensor(b!) saved) -> ()"

@@ -35,7 +35,9 @@ PAPER: dict[str, Any] = {
     "max_grad_norm": inf,
 }
 
+#: Initial matrices, and those of them that parameter groups may mix: a diagonal needs no factors.
 INITS = ("adagrad", "rmsprop", "scalar", "kronecker")
+MIXED = ("kronecker", "rmsprop")
 #: Where y comes from; "product" is a callable that the user gives.
 CURVATURES = ("fisher", "gradients", "difference", "product")
 
@@ -137,7 +139,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "max_direction": _number(0.0, "a number > 0", strict=True, infinite=True),
     "bias_correction": _flag,
     "max_grad_norm": _number(0.0, "a number > 0", strict=True, infinite=True),
-    "max_factor_dim": _count(1),
+    "block_size": _count(1),
     "max_vector_dim": _count(1),
     "factor_interval": _count(1),
     "maximize": _flag,
@@ -150,8 +152,16 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
+#: Options that may differ between parameter groups, and give the state its shape.
+GROUPED = ("init", "block_size")
 #: Options that all groups share.
-COMMON = tuple(name for name in CHECKS if name not in PER_GROUP)
+COMMON = tuple(name for name in CHECKS if name not in (*PER_GROUP, *GROUPED))
+
+
+def common_options(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Options of the whole optimizer: one group with factors makes it one with factors."""
+    inits = [group["init"] for group in groups]
+    return {**groups[0], "init": "kronecker" if "kronecker" in inits else inits[0]}
 
 
 def validate(options: dict[str, Any]) -> None:
@@ -169,15 +179,20 @@ def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
             continue
         raise ValueError(
             f"{name}: a parameter group asks for {group[name]!r}, but the optimizer has "
-            f"{common[name]!r}; only {' and '.join(PER_GROUP)} may differ between groups, because "
-            "the curvature is one matrix over all of them"
+            f"{common[name]!r}; only {', '.join((*PER_GROUP, *GROUPED))} may differ between "
+            "groups, because the curvature is one matrix over all of them"
+        )
+    found = {group.get("init", common["init"]), common["init"]}
+    if len(found) > 1 and not found.issubset(MIXED):
+        raise ValueError(
+            f"init: a parameter group asks for {group['init']!r}, but the optimizer has "
+            f"{common['init']!r}; only {' and '.join(MIXED)} may be mixed"
         )
 
 
-#: Options that give the state its shape.
+#: Common options that give the state its shape.
 STRUCTURAL = (
-    "history_size", "fisher_size", "init", "curvature", "max_factor_dim", "max_vector_dim",
-    "history_dtype", "fisher_dtype",
+    "history_size", "fisher_size", "curvature", "max_vector_dim", "history_dtype", "fisher_dtype",
 )  # fmt: skip
 
 
@@ -186,11 +201,12 @@ class LiveOptions:
 
     def __init__(self) -> None:
         self._seen: list[Any] = []
-        self._fixed: dict[str, Any] = {}
+        self._fixed: list[tuple[dict[str, Any], str, Any]] = []
 
-    def fix(self, common: dict[str, Any]) -> None:
-        """From now on, the state has the shape that these options give it."""
-        self._fixed = {name: common[name] for name in STRUCTURAL}
+    def fix(self, groups: list[dict[str, Any]]) -> None:
+        """From now on, the state has the shape that the options of these groups give it."""
+        self._fixed = [(groups[0], name, groups[0][name]) for name in STRUCTURAL]
+        self._fixed += [(group, name, group[name]) for group in groups for name in GROUPED]
 
     def check(self, groups: list[dict[str, Any]], allocated: bool) -> None:
         """Raise unless the options are in range, and fit each other and, if there is, the state.
@@ -204,16 +220,17 @@ class LiveOptions:
                     _check_tensor(name, value)
                 else:
                     CHECKS[name](name, value)
-        found = [group.get(name) for group in groups for name in COMMON]
+        found = [group.get(name) for group in groups for name in (*COMMON, *GROUPED)]
         # By identity: 1 is no True, and tensors do not compare.
         if differ(found, self._seen):
             for group in groups:
-                validate_group({name: group.get(name) for name in COMMON}, groups[0])
-        for name, value in self._fixed.items() if allocated else ():
-            if groups[0][name] != value:
+                options = {name: group.get(name) for name in (*COMMON, *GROUPED)}
+                validate_group(options, groups[0])
+        for group, name, value in self._fixed if allocated else ():
+            if group[name] != value:
                 raise RuntimeError(
-                    f"{name}: was {value!r} when the state was made, and is {groups[0][name]!r} "
-                    "now, which takes another state; set it back, or make a new optimizer"
+                    f"{name}: was {value!r} when the state was made, and is {group[name]!r} now, "
+                    "which takes another state; set it back, or make a new optimizer"
                 )
         self._seen = found
 

@@ -24,9 +24,8 @@ from .curvature import (
     sum_gradients,
 )
 from .interrupts import Hold
-from .kronecker import Kronecker, floor_under, schedule
-from .layout import Counter, largest_norm
-from .options import PER_GROUP
+from .layout import largest_norm
+from .options import PER_GROUP, common_options
 
 Monitor = Callable[[], "Tensor | float"]
 
@@ -75,7 +74,7 @@ class Settings:
                 values.append([float(option) for option in options])
                 tensors.append(None)
         sizes = [len(group["params"]) for group in groups]
-        return cls(groups[0], (sizes, *values, *tensors), grad_scale, found_inf)
+        return cls(common_options(groups), (sizes, *values, *tensors), grad_scale, found_inf)
 
     def max_grad_norm(self, dtype: torch.dtype) -> float:
         """Beyond this norm gradients are clipped: their squares must stay finite."""
@@ -86,6 +85,10 @@ class Settings:
         common, decay = self.common, self.common["decay"]
         weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
         return *weights, common["eps"], common["bias_correction"]
+
+    def matrix(self) -> tuple[float, float, bool]:
+        """The same of a Kronecker-factored matrix, without the weight of g^2."""
+        return self.common["decay"], self.common["eps"], self.common["bias_correction"]
 
     def max_growth(self) -> float:
         """Bound on the growth of the scalar initial matrix from pair to pair.
@@ -112,6 +115,7 @@ class Call:
         hooks: functions of the user's.
         number: of the call, from 1 on.
         anew: whether other parameters have a gradient than in the call before.
+        atomic: whether an operation that raises has written nothing.
         halfway: whether something that lasts has been written, and something is still to be.
     """
 
@@ -124,18 +128,20 @@ class Call:
     hooks: Hooks
     number: int
     anew: bool
+    atomic: bool
     halfway: bool = False
 
     def __post_init__(self) -> None:
         self.common = self.settings.common
         self.grad_scale = self.settings.grad_scale
         self.has_pairs = len(self.a.s_ring) > 0
+        self.kronecker = self.a.table is not None
         self.due = self.has_pairs and self.number % self.common["update_interval"] == 0
 
     @property
     def has_products(self) -> bool:
         """Whether torch multiplies matrices, whatever the backend."""
-        return self.has_pairs or self.a.kronecker is not None
+        return self.has_pairs or self.kronecker
 
     def run(self, hold: Hold, finish: Callable[[], None]) -> None:
         """Step, update the pairs if it is time, then ``finish``."""
@@ -169,12 +175,15 @@ class Call:
             The monitored loss and y, both at the averaged iterate, if it is time for them.
         """
         observed = self.due and not is_hookless(self.hooks, self.common)
-        if not self.has_products:
-            self._move_along_diagonal()
-        elif self.a.kronecker is None and not observed and self.a.gradient_sum is None:
-            self._move_at_once(moments)
-        else:
+        if self.has_pairs and (self.kronecker or observed or self.a.gradient_sum is not None):
             return self._move_in_passes(hold, moments, observed)
+        self.halfway = not self.atomic
+        if self.has_pairs:
+            self._move_at_once(moments)
+        elif self.kronecker:
+            self._move_in_eigenbases()
+        else:
+            self._move_along_diagonal()
         return None, None
 
     def _gradient_options(self) -> tuple[Any, ...]:
@@ -194,6 +203,18 @@ class Call:
             a.accumulator, a.projections, a.counters,
         )  # fmt: skip
 
+    def _move_in_eigenbases(self) -> None:
+        a, settings = self.a, self.settings
+        self.op.kronecker_step(
+            self.params, self.grads, a.table, self.grad_scale, settings.found_inf,
+            *self._gradient_options(), *settings.matrix(), *self._turn(), *settings.rates,
+            a.momentum, a.accumulator, a.factors, a.bases, a.square, a.projections, a.counters,
+        )  # fmt: skip
+
+    def _turn(self) -> tuple[int, int]:
+        """Which call this is, and in how many of them every basis has its turn."""
+        return self.number, self.common["factor_interval"]
+
     def _move_at_once(self, moments: Tensor) -> None:
         a, settings = self.a, self.settings
         self.op.direction_step(
@@ -208,29 +229,30 @@ class Call:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The three passes; nothing that lasts is written before all that may fail is done."""
         op, a, settings = self.op, self.a, self.settings
-        params, grads, kronecker = self.params, self.grads, a.kronecker
+        params, grads = self.params, self.grads
         maximize, limit, beta = self._gradient_options()
         op.direction_pass1(
             params, grads, a.s_ring, a.counters, self.grad_scale, settings.found_inf, maximize,
             limit, beta, moments, a.projections,
         )  # fmt: skip
-        if kronecker is not None:
-            self._shorten_outlier(moments)
+        if self.kronecker:
+            self.grad_scale = reference.shorten_outlier(
+                a.square, self.common["decay"], self.common["bias_correction"], beta, limit,
+                self.grad_scale, moments, a.projections, a.counters,
+            )  # fmt: skip
         loss, y = self._observe(hold) if observed else (None, None)
-        new = None if kronecker is None else self._accumulated(kronecker)
+        self.halfway = True
         op.direction_pass2(
             params, grads, a.y_ring, a.gram, a.counters, a.projections, self.grad_scale, maximize,
-            limit, beta, *settings.diagonal(), kronecker is not None, a.momentum, a.accumulator,
-            a.fisher, a.direction, a.images,
+            limit, beta, *settings.diagonal(), self.kronecker, a.momentum,
+            None if self.kronecker else a.accumulator, a.fisher, a.direction, a.images,
         )  # fmt: skip
-        self.halfway = True
         if a.gradient_sum is not None:
             if self.anew:
                 begin_interval_anew(a)
             sum_gradients(params, grads, self.grad_scale, maximize, a)
-        if kronecker is not None:
-            kronecker.take(new)
-            self._precondition(kronecker)
+        if self.kronecker:
+            self._precondition()
         op.direction_pass3(
             params, grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta,
             self._cap(), *settings.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
@@ -240,60 +262,37 @@ class Call:
 
     # ------------------------------------------------------------------ the Kronecker matrix
 
-    def _correction(self, pending: int) -> Tensor:
-        keep, _, _, correct = self.settings.diagonal()
-        return reference.bias_correction(self.a.counters, keep, correct, pending)
+    def _precondition(self) -> None:
+        """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
+        op, a = self.op, self.a
+        maximize, limit, beta = self._gradient_options()
+        op.kronecker_accumulate(
+            self.params, self.grads, a.table, a.projections, a.counters, self.grad_scale, maximize,
+            limit, self.common["decay"], *self._turn(), a.accumulator, a.factors, a.bases, a.square,
+        )  # fmt: skip
+        self._apply(a.direction, pending=1)
+        op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
+        if self.common["max_direction"] < inf:
+            q = self._look_ahead()
+            self._apply(q, pending=1)
+            a.images[-1] = q.double().square().sum()
 
-    def _spectrum(self, pending: int) -> dict[str, Any]:
-        """What is made of v, before a step is counted or after; see :meth:`Kronecker.apply`."""
-        accepted = (self.a.counters[Counter.ACCEPTED] + pending - 1).clamp(min=0)
-        floor = floor_under(accepted, self.a.dtype)
-        return {
-            "correction": self._correction(pending).to(self.a.dtype),
-            "eps": self.common["eps"],
-            "floor": floor.to(self.a.dtype),
-        }
-
-    def _shorten_outlier(self, moments: Tensor) -> None:
-        """Go on as if the gradients had been given divided by what makes them an outlier."""
-        a, (_, limit, beta) = self.a, self._gradient_options()
-        mean_square = a.kronecker.mean_square(self._correction(pending=0))
-        surplus = reference.surplus(a.projections, mean_square)
-        reference.divide_gradient(a.projections, moments, a.counters, beta, limit, surplus)
-        surplus = surplus.float()
-        self.grad_scale = surplus if self.grad_scale is None else surplus * self.grad_scale
-
-    def _gradient_factor(self) -> Tensor:
-        maximize, limit, _ = self._gradient_options()
-        factor = reference.gradient_factor(self.a.projections, self.grad_scale, maximize, limit)
-        return factor.to(self.a.dtype)
-
-    def _accumulated(self, kronecker: Kronecker) -> Kronecker:
-        """The matrix with the gradient in it."""
-        taken, refresh = schedule(self.number, self.common["factor_interval"])
-        accepted = reference.step_is_accepted(self.a.projections, self.a.counters)
-        return kronecker.accumulated(
-            self.grads, self._gradient_factor(), accepted, self.common["decay"], refresh, taken
+    def _apply(self, x: Tensor, pending: int, inverse: bool = False) -> None:
+        """x = H0 x, or x = B0 x."""
+        a, matrix = self.a, self.settings.matrix()
+        self.op.kronecker_apply(
+            a.table, a.counters, a.accumulator, a.bases, *matrix, pending, inverse, x
         )
 
-    def _precondition(self, kronecker: Kronecker) -> None:
-        """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
-        a = self.a
-        spectrum = self._spectrum(pending=1)
-        kronecker.apply(a.direction, **spectrum, out=a.direction)
-        if not self.has_pairs:
-            return
-        self.op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
-        if self.common["max_direction"] < inf:
-            g = self._gradient_factor() * reference.gradient_vector(
-                self.params, self.grads, a.dtype, None, False
-            )
-            here = reference.presence(self.params, self.grads)
-            q = reference.look_ahead_from_new(
-                g, a.momentum, a.counters, self.common["momentum"], here
-            )
-            kronecker.apply(q, **spectrum, out=q)
-            a.images[-1] = q.double().square().sum()
+    def _look_ahead(self) -> Tensor:
+        """q, of which pass 2 has taken the pairs' share."""
+        a, (maximize, limit, beta) = self.a, self._gradient_options()
+        factor = reference.gradient_factor(a.projections, self.grad_scale, maximize, limit)
+        g = reference.gradient_vector(self.params, self.grads, a.dtype, None, False)
+        here = reference.presence(self.params, self.grads)
+        return reference.look_ahead_from_new(
+            factor.to(a.dtype) * g, a.momentum, a.counters, beta, here
+        )
 
     # ------------------------------------------------------------------ at the averaged iterate
 
@@ -378,14 +377,14 @@ class Call:
     def _initial_product(self) -> Tensor:
         """B0 s of the candidate, in the scratch that a step has done with."""
         a, image, (keep, _, eps, correct) = self.a, self.a.direction, self.settings.diagonal()
-        if a.kronecker is None:
+        if self.kronecker:
+            image.copy_(reference.displacement(a.iterate_sum, a.anchor, a.counters))
+            self._apply(image, pending=0, inverse=True)
+        else:
             reference.initial_product(
                 a.iterate_sum, a.anchor, a.gram, a.counters, keep, eps, correct, a.accumulator,
                 image,
             )  # fmt: skip
-        else:
-            s = reference.displacement(a.iterate_sum, a.anchor, a.counters)
-            a.kronecker.apply_inverse(s, **self._spectrum(pending=0), out=image)
         return image
 
 

@@ -73,7 +73,7 @@ ILLEGAL: list[tuple[str, Any]] = [
     ("max_increase", 0.5), ("update_interval", 0), ("update_interval", 2.5),
     ("factor_interval", 0), ("bias_correction", 1), ("maximize", None), ("fused", "yes"),
     ("init", "identity"), ("curvature", "exact"), ("history_dtype", torch.float16),
-    ("history_size", -1), ("fisher_size", 0), ("max_factor_dim", 0), ("differentiable", True),
+    ("history_size", -1), ("fisher_size", 0), ("block_size", 0), ("differentiable", True),
 ]  # fmt: skip
 
 #: Values of options that give the state its shape; one of two differs from what it has.
@@ -82,7 +82,7 @@ STRUCTURAL: dict[str, tuple[Any, Any]] = {
     "fisher_size": (1, 7),
     "init": ("rmsprop", "kronecker"),
     "curvature": ("fisher", "gradients"),
-    "max_factor_dim": (1, 2),
+    "block_size": (1, 2),
     "max_vector_dim": (1, 2),
     "history_dtype": (None, torch.bfloat16),
     "fisher_dtype": (None, torch.bfloat16),

@@ -31,7 +31,7 @@ SHAPES = [(3, 5), (6, 4), (3, 5), (2, 3, 2), (7,), (), (1, 4), (11, 2), (0, 3), 
 BLOCKS = [1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
 LONGEST = 6
 FACTORED = dict(
-    init="kronecker", lr=0.05, max_factor_dim=LONGEST, factor_interval=4, decay=0.9, eps=0.3
+    init="kronecker", lr=0.05, block_size=LONGEST, factor_interval=4, decay=0.9, eps=0.3
 )
 #: The class's own way: no pairs, momentum, bias correction.
 ALONE = dict(FACTORED, history_size=0, momentum=0.9, bias_correction=True, max_direction=1.0)
@@ -130,7 +130,7 @@ def test_steps_follow_the_textbook(name, dtype, fused):
     params = parameters(dtype)
     options = dict(RUNS[name], weight_decay=0.02)
     optimizer = factored(params, fused=fused, **options)
-    own = ("init", "max_factor_dim", "max_vector_dim", "factor_interval")
+    own = ("init", "block_size", "max_vector_dim", "factor_interval")
     options = {key: value for key, value in options.items() if key not in own}
     oracle = DenseOracle(optimizer, **options)
     if name != "alone":
@@ -244,7 +244,7 @@ def test_without_factors_it_is_rmsprop(fused):
     params, twins = parameters(torch.float64), parameters(torch.float64)
     options = dict(SAFEGUARDS, lr=0.05, decay=0.9, eps=1e-3, fused=fused, history_size=3)
     options.update(update_interval=3, fisher_size=4)
-    a = plain_adaqn(params, init="kronecker", max_factor_dim=1, **options)
+    a = plain_adaqn(params, init="kronecker", block_size=1, **options)
     b = plain_adaqn(twins, init="rmsprop", **options)
     for step in range(20):
         advance(a, step, step + 1)
@@ -687,7 +687,7 @@ def test_lstm_learns(name, fused):
     model = Tagger()
     inputs = torch.randn(32, 6, 3)
     targets = inputs.sum(2, keepdim=True).cumsum(1).tanh()
-    options = dict(RUNS[name], lr=0.02, eps=1e-16, max_factor_dim=600, max_direction=1.0)
+    options = dict(RUNS[name], lr=0.02, eps=1e-16, block_size=600, max_direction=1.0)
     optimizer = plain_adaqn(model.parameters(), blocks=rnn_blocks(model), fused=fused, **options)
     losses = []
     for _ in range(60):

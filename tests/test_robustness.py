@@ -397,7 +397,7 @@ def test_momentum_may_be_raised_from_zero(name, fused):
 
 
 STRUCTURAL = dict(
-    history_size=5, fisher_size=7, init="adagrad", curvature="gradients", max_factor_dim=3,
+    history_size=5, fisher_size=7, init="adagrad", curvature="gradients", block_size=3,
     max_vector_dim=2, history_dtype=torch.bfloat16, fisher_dtype=torch.bfloat16,
 )  # fmt: skip
 

@@ -429,7 +429,7 @@ def test_nothing_is_called_at_pair_updates_that_do_not_come(name):
         ("max_grad_norm", None, TypeError),
         ("momentum", torch.tensor(0.9), ValueError),
         ("bias_correction", 1, TypeError),
-        *((n, 0, ValueError) for n in ("max_factor_dim", "max_vector_dim", "fisher_size")),
+        *((n, 0, ValueError) for n in ("block_size", "max_vector_dim", "fisher_size")),
         ("factor_interval", 0, ValueError),
         *((n, 2.5, TypeError) for n in ("max_vector_dim", "factor_interval", "history_size")),
         ("init", "identity", ValueError),
@@ -447,7 +447,7 @@ def test_bad_value_is_named(name, value, error):
     "options",
     [
         dict(momentum=0), dict(damping=0), dict(max_direction=inf), dict(max_grad_norm=inf),
-        dict(max_increase=inf), dict(max_factor_dim=1), dict(factor_interval=1),
+        dict(max_increase=inf), dict(block_size=1), dict(factor_interval=1),
         dict(max_direction=5e-324),
     ],
     ids=str,
@@ -458,7 +458,7 @@ def test_values_at_the_edge_are_accepted(options):
 
 def test_safeguards_are_common_to_all_groups():
     a, b = random_parameters([(2,), (3,)])
-    own = dict(max_factor_dim=7, max_vector_dim=3, factor_interval=3)
+    own = dict(block_size=7, max_vector_dim=3, factor_interval=3)
     for name, value in {**EVERYTHING, **own}.items():
         with pytest.raises(ValueError, match=f"{name}: a parameter group asks for"):
             plain_adaqn([{"params": [a]}, {"params": [b], name: value}])

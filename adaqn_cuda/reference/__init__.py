@@ -17,6 +17,7 @@ The modules, in the order in which they build on one another:
 :mod:`.acceptance`   the words that describe a gradient, whether its step counts, the counters
 :mod:`.averages`     clipping, outliers, momentum and its look-ahead, the diagonal ``v``
 :mod:`.descent`      how the parameters move, and a whole step without pairs
+:mod:`.kronecker`    the Kronecker-factored initial matrix, and a whole step with it
 :mod:`.recursion`    the ring of pairs, and the two-loop recursion on ``m`` numbers
 :mod:`.direction`    a step with pairs: its three passes
 :mod:`.iterate`      the averaged iterate, put in the parameters' place and taken out again
@@ -60,11 +61,9 @@ from .acceptance import count_step, step_is_accepted
 from .averages import (
     bias_correction,
     clip_factor,
-    divide_gradient,
     gradient_factor,
     look_ahead_from_new,
     old_and_new,
-    surplus,
 )
 from .descent import diagonal_step
 from .direction import (
@@ -77,6 +76,12 @@ from .direction import (
 )
 from .flat import flatten, gradient_vector, presence, write_back
 from .iterate import average, iterate_restore, iterate_swap
+from .kronecker import (
+    kronecker_accumulate,
+    kronecker_apply,
+    kronecker_step,
+    shorten_outlier,
+)
 from .pairs import (
     curvature_commit,
     curvature_pass_a,
@@ -104,7 +109,6 @@ __all__ = [
     "direction_pass3",
     "direction_step",
     "displacement",
-    "divide_gradient",
     "flatten",
     "forward_coefficients",
     "free_slot",
@@ -113,12 +117,15 @@ __all__ = [
     "initial_product",
     "iterate_restore",
     "iterate_swap",
+    "kronecker_accumulate",
+    "kronecker_apply",
+    "kronecker_step",
     "look_ahead_from_new",
     "moving_moments",
     "old_and_new",
     "presence",
     "scalar_initial_matrix",
+    "shorten_outlier",
     "step_is_accepted",
-    "surplus",
     "write_back",
 ]

@@ -1,0 +1,130 @@
+"""Where Kronecker factors lie: parameters as matrices, and their sides cut into pieces.
+
+A tensor is the matrix (first dimension, rest), or several on top of each other where it is given
+row blocks.  Both sides of a matrix are cut into even pieces of at most ``block_size``, so that what
+a factor costs per parameter does not grow with the matrix.  There is one left factor for each piece
+of the rows and one right factor for each piece of the columns: the diagonal blocks of the two
+factors of the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+
+import torch
+
+
+class Column(IntEnum):
+    """Columns of :attr:`Plan.table`, which has a row per matrix; csrc/common/kronecker.h."""
+
+    START = 0
+    """Its first element in the flat vectors."""
+    ROWS = 1
+    COLUMNS = 2
+    ROW_PIECES = 3
+    COLUMN_PIECES = 4
+    LEFT = 5
+    """Where its left factors begin in the flat buffers of factors and bases; -1 without."""
+    RIGHT = 6
+    """Where its right factors begin; -1 without."""
+    PARAM = 7
+    """Index of its parameter."""
+
+
+def pieces(side: int, count: int) -> list[int]:
+    """Lengths of ``count`` even pieces: the first ones are longer, if any are."""
+    return [side // count + (k < side % count) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one parameter is cut.
+
+    Args:
+        heights: rows of each of its matrices.
+        block_size: longest piece of a side; ``None`` for no factors at all.
+    """
+
+    heights: tuple[int, ...]
+    block_size: int | None
+
+
+class Plan:
+    """The matrices of all parameters, in the order of the flat vectors.
+
+    Args:
+        shapes: shape of every parameter, real ones.
+        cuts: how each is cut.
+        max_vector_dim: longest vector that gets its whole covariance as a factor.
+
+    Attributes:
+        table: (matrices, 8), int64, on the CPU; see :class:`Column`.  Empty parameters have no row.
+        factors: numbers in all factors.
+        spans: for every parameter, where its factors lie among those numbers.
+        sides: for every parameter, how many of its sides have factors.
+    """
+
+    def __init__(
+        self, shapes: Sequence[torch.Size], cuts: Sequence[Cut], max_vector_dim: int
+    ) -> None:
+        self._longest_vector = max_vector_dim
+        self._rows: list[list[int]] = []
+        self.factors = 0
+        self.spans: list[slice] = []
+        self.sides: list[int] = []
+        start = 0
+        for index, (shape, cut) in enumerate(zip(shapes, cuts, strict=True)):
+            first = self.factors
+            self.sides.append(self._add(index, shape, cut, start))
+            self.spans.append(slice(first, self.factors))
+            start += shape.numel()
+        self.table = torch.tensor(self._rows, dtype=torch.int64).reshape(-1, len(Column))
+
+    def _add(self, index: int, shape: torch.Size, cut: Cut, start: int) -> int:
+        """Add the matrices of a parameter; how many of their sides have factors."""
+        if shape.numel() == 0:
+            return 0
+        longest = self._longest(shape, cut)
+        width = prod(shape[1:])
+        if longest is None or shape.numel() == 1:
+            self._rows.append([start, shape.numel(), 1, 1, 1, -1, -1, index])
+            return 0
+        for height in cut.heights:
+            counts = [-(-side // longest) for side in (height, width)]
+            places = [
+                self._reserve(side, count)
+                for side, count in zip((height, width), counts, strict=True)
+            ]
+            self._rows.append([start, height, width, *counts, *places, index])
+            start += height * width
+        return sum(place >= 0 for place in places)
+
+    def _longest(self, shape: torch.Size, cut: Cut) -> int | None:
+        """The longest piece of a side, or ``None`` for no factors."""
+        if len(shape) != 1 or cut.block_size is None:
+            return cut.block_size
+        return shape[0] if shape[0] <= min(self._longest_vector, cut.block_size) else None
+
+    def _reserve(self, side: int, count: int) -> int:
+        """Room for the factors of a side's pieces; a side of one element has none."""
+        if side == 1:
+            return -1
+        first = self.factors
+        self.factors += sum(length**2 for length in pieces(side, count))
+        return first
+
+    def squares(self) -> Iterator[tuple[int, int]]:
+        """Where each factor begins, and its side."""
+        for row in self._rows:
+            for place, side, count in zip(
+                row[Column.LEFT : Column.PARAM],
+                row[Column.ROWS : Column.ROW_PIECES],
+                row[Column.ROW_PIECES : Column.LEFT],
+                strict=True,
+            ):
+                for length in pieces(side, count) if place >= 0 else ():
+                    yield place, length
+                    place += length**2
