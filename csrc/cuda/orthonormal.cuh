@@ -1,0 +1,124 @@
+// Orthonormal columns by one block: block Gram-Schmidt, up to kPatch columns at a time, where each
+// such panel takes rounds of Cholesky-QR.
+//
+// Every round multiplies the columns with an upper triangle of positive diagonal, so the result is
+// the Q of the QR decomposition with a positive diagonal of R, in any number of rounds.  The first
+// round serves well-conditioned columns alone; where columns nearly depend on those before, what is
+// left of them is small, relatively inexact and far from orthonormal, and further rounds find that.
+#pragma once
+
+#include "product.cuh"
+
+namespace adaqn::cuda {
+
+/// Rounds after which a panel is given up; two are common, three rare.
+constexpr int kRounds = 6;
+
+/// Share of a column's square that must be left, once what earlier columns say is taken out, for
+/// the round to be the last.
+constexpr double kSafeShare = 0.5;
+
+/// Smaller shares are rounding; a pivot is raised to this.
+template <class T>
+constexpr T kLeastShare = sizeof(T) == 8 ? T(1.4e-14) : T(7.6e-6);
+
+/// Scratch, beside a square matrix as large as that of the columns.
+template <class T>
+struct PanelWords {
+  T *squares, *pivots;  // by column of the panel
+
+  __host__ __device__ explicit PanelWords(Carver& carver)
+      : squares(carver.take<T>(kPatch)), pivots(carver.take<T>(kPatch)) {}
+};
+
+/// Columns 0..width-1 of z, `pitch` elements between its rows.
+template <class T>
+struct Panel {
+  T* z;
+  int rows, width, pitch;
+};
+
+/// squares[j] = |z_j|^2.
+template <class T>
+__device__ void square_columns(const Panel<T>& panel, T* squares) {
+  for (int j = threadIdx.x; j < panel.width; j += kThreads<T>) {
+    T sum = 0;
+    for (int i = 0; i < panel.rows; ++i) {
+      const T z = panel.z[i * panel.pitch + j];
+      sum += z * z;
+    }
+    squares[j] = sum;
+  }
+  __syncthreads();
+}
+
+/// z_j = z_j - sum over k < j of z_k (z_k.z_j) / |z_k|^2, each z_k as it has become, by elimination
+/// in the Gram matrix; then every z_j is divided by its norm.  The smallest share that was left of
+/// a column's square; not positive where that is not finite or a column is zero.
+template <class T>
+__device__ T eliminate(const Panel<T>& panel, T* gram, const PanelWords<T>& words) {
+  constexpr int kFurther = kThreads<T> / kPatch;
+  const int width = panel.width, first = threadIdx.x / kPatch, j = threadIdx.x % kPatch;
+  T least = 1;
+  for (int k = 0; k < width; ++k) {
+    const T square = words.squares[k], floor = kLeastShare<T> * square;
+    T pivot = gram[k * width + k];
+    if (!(square > 0) || !is_finite(square) || !is_finite(pivot)) return 0;
+    if (pivot < least * square) least = pivot / square;
+    if (pivot < floor) pivot = floor;
+    if (threadIdx.x == 0) words.pivots[k] = pivot;
+    if (k < j && j < width) {
+      const T factor = gram[k * width + j] / pivot;
+      for (int i = k + 1 + first; i <= j; i += kFurther) {
+        gram[i * width + j] -= gram[k * width + i] * factor;
+      }
+      for (int i = first; i < panel.rows; i += kFurther) {
+        panel.z[i * panel.pitch + j] -= panel.z[i * panel.pitch + k] * factor;
+      }
+    }
+    __syncthreads();
+  }
+  for_each_element<T>(panel.rows, width, [&](int, int i, int column) {
+    panel.z[i * panel.pitch + column] /= sqrt(words.pivots[column]);
+  });
+  __syncthreads();
+  return least > kLeastShare<T> ? least : kLeastShare<T>;
+}
+
+/// Makes columns first..first+width-1 of z (side x side) orthonormal, and orthogonal to those
+/// before, which are orthonormal.
+template <class T>
+__device__ bool orthonormalise_panel(const Panels<T>& panels, T* z, int side, int first, int width,
+                                     T* scratch, const PanelWords<T>& words) {
+  const Panel<T> panel{z + first, side, width, side};
+  for (int round = 0; round < kRounds; ++round) {
+    square_columns(panel, words.squares);
+    if (first > 0) {
+      product(panels, first, width, side, columns_of(z, side), columns_of(panel.z, side),
+              [=](int i, int j, T value) { scratch[i * width + j] = value; });
+      product(panels, side, width, first, rows_of(z, side), columns_of(scratch, width),
+              [&](int i, int j, T value) { panel.z[i * side + j] -= value; });
+    }
+    product(panels, width, width, side, columns_of(panel.z, side), columns_of(panel.z, side),
+            [=](int i, int j, T value) { scratch[i * width + j] = value; });
+    const T least = eliminate(panel, scratch, words);
+    if (!(least > 0)) return false;
+    if (least > T(kSafeShare)) return true;
+  }
+  return false;
+}
+
+/// Replaces z (side x side) by the Q of its QR decomposition with a positive diagonal of R, where
+/// that succeeds; else z is left as anything.  `scratch` is as large as z.  All threads of the
+/// block call it, and all get the same answer.
+template <class T>
+__device__ bool orthonormalise(const Panels<T>& panels, T* z, int side, T* scratch,
+                               const PanelWords<T>& words) {
+  for (int first = 0; first < side; first += kPatch) {
+    const int width = side - first < kPatch ? side - first : kPatch;
+    if (!orthonormalise_panel(panels, z, side, first, width, scratch, words)) return false;
+  }
+  return true;
+}
+
+}  // namespace adaqn::cuda
