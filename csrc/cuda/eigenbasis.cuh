@@ -30,18 +30,18 @@ struct BasisMemory {
 /// A factor divided by its mean eigenvalue, and damped; not a number where the factor is zero.
 template <class T>
 struct Damped {
+  static constexpr bool kAlongDepth = true;
   const T* factor;
   int side;
   T mean;
 
   __device__ Damped(const T* factor_, int side_) : factor(factor_), side(side_), mean(0) {
-    for (int i = 0; i < side; ++i) mean += factor[int64_t(i) * side + i];
+    for (int i = 0; i < side; ++i) mean += factor[i * side + i];
     mean /= T(side);
   }
-  __device__ __forceinline__ T operator()(int64_t i, int64_t k) const {
+  __device__ __forceinline__ T operator()(int i, int k) const {
     return factor[i * side + k] / mean + (i == k ? T(kFactorDamping) : T(0));
   }
-  __device__ __forceinline__ bool is_along_depth() const { return true; }
 };
 
 /// Rayleigh quotients of the columns of the basis; as in the reference, the largest is what is not
@@ -51,7 +51,7 @@ __device__ void find_quotients(int side, const BasisMemory<T>& memory) {
   for (int j = threadIdx.x; j < side; j += kThreads<T>) {
     T sum = 0;
     for (int i = 0; i < side; ++i) {
-      sum += memory.basis[int64_t(i) * side + j] * memory.image[int64_t(i) * side + j];
+      sum += memory.basis[i * side + j] * memory.image[i * side + j];
     }
     memory.quotients[j] = sum == sum ? sum : T(INFINITY);
   }
@@ -84,8 +84,8 @@ __device__ void compose_order(int side, int32_t* order, const BasisMemory<T>& me
 /// to = from with its columns in the order of places.
 template <class T>
 __device__ void sort_columns(int side, const T* from, T* to, const BasisMemory<T>& memory) {
-  for_each_element<T>(
-      side, side, [&](int e, int i, int k) { to[e] = from[int64_t(i) * side + memory.places[k]]; });
+  for_each_element<T>(side, side,
+                      [&](int e, int i, int k) { to[e] = from[i * side + memory.places[k]]; });
   __syncthreads();
 }
 
@@ -96,7 +96,7 @@ __device__ void iterate_subspace(const Panels<T>& panels, const Damped<T>& matri
                                  int32_t* order, BasisMemory<T>& memory) {
   T* image = memory.image;
   product(panels, side, side, side, matrix, columns_of(memory.basis, side),
-          [=](int i, int j, T value) { image[int64_t(i) * side + j] = value; });
+          [=](int i, int j, T value) { image[i * side + j] = value; });
   find_quotients(side, memory);
   find_places(side, memory);
   compose_order(side, order, memory);

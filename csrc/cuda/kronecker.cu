@@ -133,21 +133,34 @@ __device__ void average_square(double* square, double keep, const double* flags,
 
 // ------------------------------------------------------------------ factors
 
-/// Rows of a factor's strip of the gradient.
-template <class T>
+/// The strip of a factor as an operand: rows of the gradient for L, columns for R.
+template <class T, bool left>
 struct Strip {
+  static constexpr bool kAlongDepth = left;
   const void* grad;
   Type type;
+  int64_t first, pitch;  // elements: before the strip, and between rows of the gradient
   T scale;
-  int64_t first, row_stride, depth_stride;
 
-  __device__ __forceinline__ T operator()(int64_t i, int64_t k) const {
-    return scale * load_element<T>(grad, type, first + i * row_stride + k * depth_stride);
+  __device__ __forceinline__ T operator()(int i, int k) const {
+    return scale * load_element<T>(grad, type, first + (left ? i * pitch + k : k * pitch + i));
   }
-  __device__ __forceinline__ bool is_along_depth() const { return depth_stride == 1; }
 };
 
-/// L = .95 L + .05 G G^T, and R likewise, of the factors that are due; then the bases that are.
+/// L = .95 L + .05 G G^T, or R likewise.
+template <bool left, class T, int Capacity>
+__device__ void take_in_strip(const Matrices<Capacity>& table, const Factor& at, T* factor,
+                              const KroneckerMemory<T>& memory) {
+  const Strip<T, left> strip{table.grad[at.matrix], table.grad_type[at.matrix], at.first, at.pitch,
+                             memory.words->scale};
+  const int side = at.side;
+  product(memory.panels, side, side, at.depth, strip, strip, [=](int i, int j, T value) {
+    T& element = factor[i * side + j];
+    element = T(kFactorDecay) * element + T(1 - kFactorDecay) * value;
+  });
+}
+
+/// Gradients enter the factors that are due; then bases follow that are.
 template <class T, int Capacity>
 __device__ void update_factors(const Matrices<Capacity>& table, const Kronecker& kronecker,
                                const Workspace& workspace, const KroneckerMemory<T>& memory) {
@@ -159,14 +172,11 @@ __device__ void update_factors(const Matrices<Capacity>& table, const Kronecker&
     if (!table.moves(at.matrix)) continue;
     T* factor = static_cast<T*>(kronecker.factors) + at.offset;
     if (schedule.takes_gradient(number)) {
-      const Strip<T> strip{table.grad[at.matrix], table.grad_type[at.matrix],
-                           memory.words->scale,   at.first,
-                           at.row_stride,         at.depth_stride};
-      const int side = at.side;
-      product(memory.panels, side, side, at.depth, strip, strip, [=](int i, int j, T value) {
-        T& element = factor[int64_t(i) * side + j];
-        element = T(kFactorDecay) * element + T(1 - kFactorDecay) * value;
-      });
+      if (at.is_left) {
+        take_in_strip<true>(table, at, factor, memory);
+      } else {
+        take_in_strip<false>(table, at, factor, memory);
+      }
     }
     const int iterations = schedule.iterations(number);
     if (iterations > 0) {
@@ -205,7 +215,7 @@ __device__ void accumulate_tile(const Matrices<Capacity>& table, const Tile& til
   permute(tile, order_of(tile.left, schedule, workspace.orders),
           order_of(tile.right, schedule, workspace.orders), v, own);
   load_tile_gradient(table, tile, memory.words->scale, own);
-  rotate(memory.panels, tile, static_cast<const T*>(kronecker.bases), false, own);
+  rotate<false>(memory.panels, tile, static_cast<const T*>(kronecker.bases), own);
   take_in(tile, *memory.step.average_factors, v, own);
 }
 
@@ -315,9 +325,9 @@ ADAQN_PASS_KERNEL apply_kernel(const __grid_constant__ Matrices<Capacity> table,
     T* x = static_cast<T*>(state.direction) + tile.flat;
     const T* v = static_cast<const T*>(state.accumulator) + tile.flat;
     for_each_of_tile<T>(tile, [&](int e, int64_t at) { own.x[e] = x[at]; });
-    rotate(memory.panels, tile, bases, false, own);
+    rotate<false>(memory.panels, tile, bases, own);
     scale_by_spectrum(tile, memory.words->spectrum, inverse, v, memory.warps, own);
-    rotate(memory.panels, tile, bases, true, own);
+    rotate<true>(memory.panels, tile, bases, own);
     for_each_of_tile<T>(tile, [&](int e, int64_t at) { x[at] = own.x[e]; });
   });
 }
@@ -347,10 +357,10 @@ ADAQN_PASS_KERNEL tiles_kernel(const __grid_constant__ Matrices<Capacity> table,
     accumulate_tile(table, tile, kronecker, workspace, v, memory, own);
     if (state.momentum) {
       blend_tile(table, tile, memory, static_cast<T*>(state.momentum) + tile.flat, own);
-      rotate(memory.panels, tile, bases, false, own);
+      rotate<false>(memory.panels, tile, bases, own);
     }
     scale_by_spectrum(tile, memory.words->spectrum, false, v, memory.warps, own);
-    rotate(memory.panels, tile, bases, true, own);
+    rotate<true>(memory.panels, tile, bases, own);
     descend_tile(table, tile, rates, own);
   });
 }

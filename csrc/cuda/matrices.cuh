@@ -115,43 +115,38 @@ __device__ Tile locate_tile(const Matrices<Capacity>& table, int32_t number) {
 
 // ------------------------------------------------------------------ factors
 
-/// A factor and its strip of the matrix: element k of row i lies at first + i row_stride +
-/// k depth_stride, counted from the matrix's first element.
+/// A factor, and its strip of the matrix: `side` rows for L, or columns for R.
 struct Factor {
+  bool is_left;
   int matrix;
-  int side;
-  int64_t depth;
-  int64_t first, row_stride, depth_stride;
+  int side, depth;
+  int64_t first, pitch;  // elements of the matrix: before the strip, and between rows
   int64_t offset, order;
 };
 
 template <int Capacity>
 __device__ Factor locate_factor(const Matrices<Capacity>& table, int32_t number) {
-  const int m = find_matrix(table.factor, table.count, number);
+  Factor factor{};
+  const int m = factor.matrix = find_matrix(table.factor, table.count, number);
   const KroneckerMatrix matrix = table.matrix(m);
-  const int64_t columns = matrix.columns.length, n = number - table.factor[m];
-  if (matrix.has_left() && n < matrix.rows.pieces) {
-    const int64_t begin = matrix.rows.begin(n);
-    return {m,
-            int(matrix.rows.size(n)),
-            columns,
-            begin * columns,
-            columns,
-            1,
-            matrix.left_factor(n),
-            table.order[m] + begin};
+  const int64_t lefts = matrix.has_left() ? matrix.rows.pieces : 0, n = number - table.factor[m];
+  factor.is_left = n < lefts;
+  factor.pitch = matrix.columns.length;
+  factor.order = table.order[m];
+  if (factor.is_left) {
+    factor.side = int(matrix.rows.size(n));
+    factor.depth = int(matrix.columns.length);
+    factor.first = matrix.rows.begin(n) * factor.pitch;
+    factor.order += matrix.rows.begin(n);
+    factor.offset = matrix.left_factor(n);
+  } else {
+    factor.side = int(matrix.columns.size(n - lefts));
+    factor.depth = int(matrix.rows.length);
+    factor.first = matrix.columns.begin(n - lefts);
+    factor.order += (lefts > 0 ? matrix.rows.length : 0) + factor.first;
+    factor.offset = matrix.right_factor(n - lefts);
   }
-  const int64_t j = matrix.has_left() ? n - matrix.rows.pieces : n;
-  const int64_t begin = matrix.columns.begin(j);
-  const int64_t order = table.order[m] + (matrix.has_left() ? matrix.rows.length : 0) + begin;
-  return {m,
-          int(matrix.columns.size(j)),
-          matrix.rows.length,
-          begin,
-          1,
-          columns,
-          matrix.right_factor(j),
-          order};
+  return factor;
 }
 
 // ------------------------------------------------------------------ on the host

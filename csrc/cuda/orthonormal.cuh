@@ -69,11 +69,15 @@ __device__ T eliminate(const Panel<T>& panel, T* gram, const PanelWords<T>& word
     if (threadIdx.x == 0) words.pivots[k] = pivot;
     if (k < j && j < width) {
       const T factor = gram[k * width + j] / pivot;
+#pragma unroll 1  // registers are scarce
       for (int i = k + 1 + first; i <= j; i += kFurther) {
         gram[i * width + j] -= gram[k * width + i] * factor;
       }
+      T* row = panel.z + first * panel.pitch;
+#pragma unroll 2
       for (int i = first; i < panel.rows; i += kFurther) {
-        panel.z[i * panel.pitch + j] -= panel.z[i * panel.pitch + k] * factor;
+        row[j] -= row[k] * factor;
+        row += kFurther * panel.pitch;
       }
     }
     __syncthreads();

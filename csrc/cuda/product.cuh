@@ -1,9 +1,9 @@
 // Products of matrices by one block: a patch of the result at a time, in registers, from panels of
 // both operands in shared memory.
 //
-// An operand is anything that gives element k of row i by operator()(i, k) and tells by
-// `is_along_depth` whether k or i is what moves fastest in memory.  Results go to a function, so
-// that operands may lie anywhere and results become anything.
+// An operand is anything that gives element k of row i by operator()(i, k) and tells by kAlongDepth
+// whether k, and not i, is what moves fastest in memory.  Results go to a function, so that
+// operands may lie anywhere and results become anything.
 #pragma once
 
 #include <cstdint>
@@ -26,28 +26,31 @@ constexpr int kOwnColumns = kPatch * kPatch / (kOwnRows * kThreads<T>);
 template <class T>
 constexpr int kPitch = kPatch + 16 / int(sizeof(T));
 
-/// A matrix in memory, or its transpose.
+/// An operand whose rows are those of a matrix in memory.
 template <class T>
-struct View {
+struct RowsOf {
+  static constexpr bool kAlongDepth = true;
   const T* data;
-  int64_t row_stride, depth_stride;
+  int pitch;
 
-  __device__ __forceinline__ T operator()(int64_t i, int64_t k) const {
-    return data[i * row_stride + k * depth_stride];
-  }
-  __device__ __forceinline__ bool is_along_depth() const { return depth_stride == 1; }
+  __device__ __forceinline__ T operator()(int i, int k) const { return data[i * pitch + k]; }
 };
-
-/// Rows of the matrix are rows of the operand.
+/// An operand whose rows are the columns of a matrix in memory.
 template <class T>
-__device__ __forceinline__ View<T> rows_of(const T* data, int64_t pitch) {
-  return {data, pitch, 1};
+struct ColumnsOf {
+  static constexpr bool kAlongDepth = false;
+  const T* data;
+  int pitch;
+
+  __device__ __forceinline__ T operator()(int i, int k) const { return data[k * pitch + i]; }
+};
+template <class T>
+__device__ __forceinline__ RowsOf<T> rows_of(const T* data, int pitch) {
+  return {data, pitch};
 }
-
-/// Columns of the matrix are rows of the operand.
 template <class T>
-__device__ __forceinline__ View<T> columns_of(const T* data, int64_t pitch) {
-  return {data, 1, pitch};
+__device__ __forceinline__ ColumnsOf<T> columns_of(const T* data, int pitch) {
+  return {data, pitch};
 }
 
 /// Calls visit(e, i, j) for e = i columns + j, element by element of a rows x columns matrix.
@@ -80,15 +83,16 @@ struct Panels {
 /// Rows first.. and columns first_k.. of an operand of rows x depth, with zeros around it.
 template <class T, class Operand>
 __device__ __forceinline__ void fill_panel(T* panel, const Operand& operand, int first, int rows,
-                                           int64_t first_k, int64_t depth) {
-  const bool along_depth = operand.is_along_depth();
+                                           int first_k, int depth) {
+  constexpr bool kAlong = Operand::kAlongDepth;
+  const int own_i = kAlong ? threadIdx.x / kDepth : threadIdx.x % kPatch;
+  const int own_k = kAlong ? threadIdx.x % kDepth : threadIdx.x / kPatch;
 #pragma unroll
   for (int n = 0; n < kPatch * kDepth / kThreads<T>; ++n) {
-    const int e = threadIdx.x + n * kThreads<T>;
-    const int i = along_depth ? e / kDepth : e % kPatch;
-    const int k = along_depth ? e % kDepth : e / kPatch;
+    const int i = own_i + (kAlong ? n * (kThreads<T> / kDepth) : 0);
+    const int k = own_k + (kAlong ? 0 : n * (kThreads<T> / kPatch));
     const bool inside = first + i < rows && first_k + k < depth;
-    panel[k * kPitch<T> + i] = inside ? T(operand(first + i, first_k + k)) : T(0);
+    panel[k * kPitch<T> + i] = inside ? operand(first + i, first_k + k) : T(0);
   }
 }
 
@@ -112,15 +116,15 @@ __device__ __forceinline__ void add_panels(const Panels<T>& panels, int own_row,
 /// All threads of the block call it; what they wrote before is seen, and what `emit` writes is
 /// there after its last line.  Nothing that `emit` writes is read by an operand.
 template <class T, class A, class B, class Emit>
-__device__ __forceinline__ void product(const Panels<T>& panels, int rows, int columns,
-                                        int64_t depth, const A& a, const B& b, Emit emit) {
+__device__ __forceinline__ void product(const Panels<T>& panels, int rows, int columns, int depth,
+                                        const A& a, const B& b, Emit emit) {
   constexpr int kAcross = kPatch / kOwnColumns<T>;
   const int own_row = threadIdx.x / kAcross * kOwnRows;
   const int own_column = threadIdx.x % kAcross * kOwnColumns<T>;
   for (int top = 0; top < rows; top += kPatch) {
     for (int left = 0; left < columns; left += kPatch) {
       T sums[kOwnRows][kOwnColumns<T>] = {};
-      for (int64_t first_k = 0; first_k < depth; first_k += kDepth) {
+      for (int first_k = 0; first_k < depth; first_k += kDepth) {
         __syncthreads();
         fill_panel(panels.a, a, top, rows, first_k, depth);
         fill_panel(panels.b, b, left, columns, first_k, depth);

@@ -31,16 +31,25 @@ struct Spectrum {
   T correction, floor, eps;
 };
 
-/// x = Q_L^T x Q_R, or x = Q_L x Q_R^T on the way `back`; a side without basis has the identity.
-template <class T>
-__device__ void rotate(const Panels<T>& panels, const Tile& tile, const T* bases, bool back,
+/// Q on the way back, and Q^T.
+template <bool back, class T>
+__device__ __forceinline__ auto operand_of(const T* q, int side) {
+  if constexpr (back) {
+    return rows_of(q, side);
+  } else {
+    return columns_of(q, side);
+  }
+}
+
+/// x = Q_L^T x Q_R, or x = Q_L x Q_R^T on the way back; a side without basis has the identity.
+template <bool back, class T>
+__device__ void rotate(const Panels<T>& panels, const Tile& tile, const T* bases,
                        TileMemory<T>& memory) {
   const int rows = tile.rows, columns = tile.columns;
   if (tile.left.offset >= 0) {
     const T* q = bases + tile.left.offset;
     T* to = memory.other;
-    product(panels, rows, columns, rows, back ? rows_of(q, rows) : columns_of(q, rows),
-            columns_of(memory.x, columns),
+    product(panels, rows, columns, rows, operand_of<back>(q, rows), columns_of(memory.x, columns),
             [=](int i, int j, T value) { to[i * columns + j] = value; });
     memory.swap();
   }
@@ -48,7 +57,7 @@ __device__ void rotate(const Panels<T>& panels, const Tile& tile, const T* bases
     const T* q = bases + tile.right.offset;
     T* to = memory.other;
     product(panels, rows, columns, columns, rows_of(memory.x, columns),
-            back ? rows_of(q, columns) : columns_of(q, columns),
+            operand_of<back>(q, columns),
             [=](int i, int j, T value) { to[i * columns + j] = value; });
     memory.swap();
   }
