@@ -53,10 +53,11 @@ class AdaQN(Optimizer):
 
     :math:`H^0` is one of
 
-    - ``"kronecker"``: for a matrix block :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
+    - ``"kronecker"``: for a matrix :math:`G` of the gradient, :math:`H^0 X = Q_L [(Q_L^\top X
       Q_R) / \sqrt{v + c^2 \max v + \epsilon}] Q_R^\top` with the eigenbases :math:`Q_L, Q_R` of the
-      averages of :math:`G G^\top` and :math:`G^\top G` and :math:`v` the average of
-      :math:`(Q_L^\top G Q_R)^2`, close to `SOAP`_; a vector is a matrix of one column. The floor
+      averages of :math:`G G^\top` and :math:`G^\top G`, of which diagonal blocks of at most
+      ``block_size`` are kept, and :math:`v` the average of :math:`(Q_L^\top G Q_R)^2`, close to
+      `SOAP`_. A tensor is the matrix (first dimension, rest), a short vector one column. The floor
       keeps rounding out of the step: :math:`c` is 3e-3 at first and falls as :math:`1/t^2` to a
       thousand times the rounding error, 1.2e-4 in float32;
     - ``"rmsprop"``, ``"adagrad"``: :math:`\mathrm{diag}(v + \epsilon)^{-1/2}` with :math:`v` the
@@ -67,9 +68,9 @@ class AdaQN(Optimizer):
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
     \text{fisher\_size}` more (1 for the latter where :math:`y` does not come from the Fisher
-    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 a^2` for each
-    factored side of length a of a block, and without pairs 1 per parameter. ``repr(optimizer)``
-    tells the bytes before they are allocated.
+    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 b (1/m +
+    1/n)` for a matrix of m x n and blocks of b: 0.7 for 768 x 768, at most 4. ``repr(optimizer)``
+    tells the bytes, and how much of the model has factors, before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.
@@ -114,16 +115,19 @@ class AdaQN(Optimizer):
             (default: ``True``).
         max_grad_norm (float, optional): the gradient is clipped to this norm, as by
             :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
-        max_factor_dim (int, optional): sides of a matrix longer than this, such as an embedding's
-            vocabulary, get no factor of their own in ``"kronecker"`` (default: 600).
-        max_vector_dim (int, optional): nor do vectors longer than this, or than ``max_factor_dim``,
-            whose factor is their whole covariance. A complex vector counts as a matrix of two
+        block_size (int, optional): sides of a matrix longer than this are cut into even pieces in
+            ``"kronecker"``, each with a factor of its own. Larger is closer to the whole factors,
+            and dearer: a step takes about 12 ``block_size`` operations per parameter, and on a GPU
+            blocks of up to 64 are fastest (default: 128).
+        max_vector_dim (int, optional): vectors longer than this, or than ``block_size``, get no
+            factor, which is their whole covariance. A complex vector counts as a matrix of two
             columns (default: 64).
-        factor_interval (int, optional): calls of :meth:`step` between two updates of the eigenbases
-            (default: 5).
-        blocks (Mapping[Tensor, int], optional): parameters that are several matrices on top of
-            each other, and how many: they get factors of their own. ``rnn_blocks(model)`` gives it
-            for LSTM and GRU layers. In a group's dict, for that group (default: ``None``).
+        factor_interval (int, optional): calls of :meth:`step` between two updates of an eigenbasis.
+            Bases take their turns, so that all calls but the first cost alike (default: 5).
+        blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
+            on top of each other, such as gates or fused projections, and how many, or the rows of
+            each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM and GRU
+            layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients or autocast at every pair update, with the
             parameters holding the averaged iterate; should be deterministic, and the same on all
@@ -142,9 +146,10 @@ class AdaQN(Optimizer):
             synchronisation (default: ``True``).
         differentiable (bool, optional): must be ``False``.
 
-    ``lr``, ``weight_decay`` and ``blocks`` may differ between parameter groups; everything else is
-    common to all, because the curvature is one matrix. Options may be changed while training, but
-    for those that give the state its shape; a change that cannot be honoured raises at the next
+    ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
+    so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
+    else is common to all, because the curvature is one matrix. Options may be changed while
+    training, but for those that give the state its shape; a change that cannot be honoured raises at the next
     step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
     without any gradient does nothing and is not counted. Averages count the steps of all: a
     parameter that gets its first gradient late begins with longer steps, up to ten times, for
@@ -249,8 +254,8 @@ class AdaQN(Optimizer):
         Parameters added during training join the stored pairs and gradients with zeros.
 
         Raises:
-            ValueError: an option other than ``lr`` and ``weight_decay`` differs from the
-                optimizer's, or a parameter lives on another device than the state.
+            ValueError: an option differs from the optimizer's that may not, or a parameter lives
+                on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
         """
         if isinstance(param_group, dict):
@@ -624,8 +629,20 @@ class AdaQN(Optimizer):
         return (
             super().__repr__().removesuffix(")")
             + f"State: {state:,} bytes for {numel:,} parameters ({per_parameter})\n"
-            f"Backend: {backend.name} ({backend.reason})\n)"
+            + self._factored_shares()
+            + f"Backend: {backend.name} ({backend.reason})\n)"
         )
+
+    def _factored_shares(self) -> str:
+        """A line on how many of the parameters have Kronecker factors."""
+        plan = self._plan(self.param_groups)
+        if plan is None:
+            return ""
+        counts = [0, 0, 0]
+        for p, sides in zip(self._parameters(), plan.sides, strict=True):
+            counts[sides] += p.numel()
+        none, one, both = (f"{100 * n / max(sum(counts), 1):.1f} %" for n in counts)
+        return f"Factors: on both sides of {both} of them, on one of {one}, on none of {none}\n"
 
     # ------------------------------------------------------------------ checkpoints
 

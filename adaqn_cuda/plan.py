@@ -64,7 +64,7 @@ class Plan:
         table: (matrices, 8), int64, on the CPU; see :class:`Column`.  Empty parameters have no row.
         factors: numbers in all factors.
         spans: for every parameter, where its factors lie among those numbers.
-        sides: for every parameter, how many of its sides have factors.
+        sides: for every parameter, how many of its sides have factors, in any of its matrices.
     """
 
     def __init__(
@@ -89,9 +89,10 @@ class Plan:
             return 0
         longest = self._longest(shape, cut)
         width = prod(shape[1:])
-        if longest is None or shape.numel() == 1:
+        if longest is None or longest == 1 or shape.numel() == 1:
             self._rows.append([start, shape.numel(), 1, 1, 1, -1, -1, index])
             return 0
+        first = len(self._rows)
         for height in cut.heights:
             counts = [-(-side // longest) for side in (height, width)]
             places = [
@@ -100,7 +101,8 @@ class Plan:
             ]
             self._rows.append([start, height, width, *counts, *places, index])
             start += height * width
-        return sum(place >= 0 for place in places)
+        own = self._rows[first:]
+        return sum(any(row[place] >= 0 for row in own) for place in (Column.LEFT, Column.RIGHT))
 
     def _longest(self, shape: torch.Size, cut: Cut) -> int | None:
         """The longest piece of a side, or ``None`` for no factors."""

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from math import inf, nan
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from adaqn_cuda import AdaQN, rnn_blocks
 from adaqn_cuda.layout import Counter
+from adaqn_cuda.plan import Column, pieces
 
 #: Matrices of equal and of unequal shapes, a stack of two blocks, a tensor of third order, a
 #: long and a short vector, a number and nothing; sides of one and sides longer than LONGEST.
@@ -70,6 +72,36 @@ def advance(optimizer, start, stop):
         optimizer.step()
 
 
+class Matrix(NamedTuple):
+    """One matrix of a parameter: lengths of its pieces, and the squares of its factors or bases."""
+
+    rows: list[int]
+    columns: list[int]
+    left: list[torch.Tensor]
+    right: list[torch.Tensor]
+
+
+def matrices(optimizer, p, kind="bases"):
+    """The matrices of a parameter, read from its state by the plan's table."""
+    index = next(i for i, q in enumerate(parameters_of(optimizer)) if q is p)
+    plan, found = optimizer._arena.plan, []
+    numbers = optimizer.state[p].get(kind)
+
+    def squares(place, lengths):
+        for n in lengths if place >= 0 else ():
+            first = place - plan.spans[index].start
+            yield numbers[first : first + n * n].view(n, n)
+            place += n * n
+
+    for row in plan.table.tolist():
+        if row[Column.PARAM] == index:
+            rows = pieces(row[Column.ROWS], row[Column.ROW_PIECES])
+            columns = pieces(row[Column.COLUMNS], row[Column.COLUMN_PIECES])
+            left, right = squares(row[Column.LEFT], rows), squares(row[Column.RIGHT], columns)
+            found.append(Matrix(rows, columns, list(left), list(right)))
+    return found
+
+
 # --------------------------------------------------------------------------- by the textbook
 
 
@@ -84,23 +116,21 @@ class DenseOracle(Oracle):
         self.optimizer = optimizer
 
     def blocks(self):
-        """Per row block, the dense Q (rows in C order) and v."""
-        for p, count in zip(parameters_of(self.optimizer), BLOCKS, strict=True):
-            entry = {k: t.detach().double() for k, t in self.optimizer.state[p].items()}
-            rows = p.shape[0] // count if p.dim() else 1
-            sides = {"left", "right"} & entry.keys()
-            for k in range(count):
-                v = entry["accumulator"].reshape(count, -1)[k]
-                v = v + self.floor() * v.max() if sides and v.numel() else v
-                if p.numel() == 0:
-                    yield torch.eye(len(v), dtype=torch.float64), v
-                    continue
-                columns = len(v) // rows
+        """Per matrix, the dense Q (rows in C order) and v, on its floor."""
+        for p in parameters_of(self.optimizer):
+            v = self.optimizer.state[p]["accumulator"].detach().double().reshape(-1)
+            for matrix in matrices(self.optimizer, p):
+                rows, columns = matrix.rows, matrix.columns
+                own, v = v.split([sum(rows) * sum(columns), v.numel() - sum(rows) * sum(columns)])
+                own = own.view(sum(rows), sum(columns)).clone()
+                if matrix.left or matrix.right:
+                    for tile in (t for strip in own.split(rows) for t in strip.split(columns, 1)):
+                        tile += self.floor() * tile.max()
                 left, right = (
-                    entry[side][k] if side in entry else torch.eye(n, dtype=torch.float64)
-                    for side, n in (("left_basis", rows), ("right_basis", columns))
+                    torch.block_diag(*squares).double() if squares else torch.eye(n).double()
+                    for squares, n in ((matrix.left, sum(rows)), (matrix.right, sum(columns)))
                 )
-                yield torch.kron(left.contiguous(), right.contiguous()), v
+                yield torch.kron(left.contiguous(), right.contiguous()), own.reshape(-1)
 
     def floor(self):
         """A thousand roundings, and a part that fades."""
@@ -164,17 +194,17 @@ def test_bases_are_refreshed_at_the_first_step_and_every_interval(momentum, fuse
     """The first step finds the eigenbases of its own gradient; decisions count calls."""
     params = parameters(torch.float64)
     optimizer = factored(params, **dict(ALONE, momentum=momentum, factor_interval=3), fused=fused)
-    changed = []
+    changed, basis = [], torch.eye(3)
     for step in range(9):
-        before = optimizer.state[params[0]].get("left_basis", torch.eye(3)).clone()
+        before = basis.clone()
         set_gradients(params, step)
         if step == 4:
             params[0].grad[0, 0] = nan
         optimizer.step()
-        changed.append(not torch.equal(before, optimizer.state[params[0]]["left_basis"]))
+        basis = matrices(optimizer, params[0])[0].left[0]
+        changed.append(not torch.equal(before, basis))
         if step == 0:
             g = params[0].grad[0:3]
-            basis = optimizer.state[params[0]]["left_basis"][0]
             turned = basis.T @ g @ g.T @ basis
             turned.diagonal().zero_()
             assert turned.norm() < 1e-3 * g.norm() ** 2
@@ -240,7 +270,7 @@ def test_defaults_move_the_parameters(fused):
 
 @both_backends
 def test_without_factors_it_is_rmsprop(fused):
-    """Vectors, and matrices whose sides are all too long."""
+    """Blocks of one element are none."""
     params, twins = parameters(torch.float64), parameters(torch.float64)
     options = dict(SAFEGUARDS, lr=0.05, decay=0.9, eps=1e-3, fused=fused, history_size=3)
     options.update(update_interval=3, fisher_size=4)
@@ -430,7 +460,7 @@ def test_parameters_without_gradient_stand_still(name, fused):
             w, entry = before[index]
             assert torch.equal(params[index], w)
             now = optimizer.state[params[index]]
-            for key in {"accumulator", "momentum", "left", "right", "left_basis"} & entry.keys():
+            for key in {"accumulator", "momentum", "factors", "bases"} & entry.keys():
                 assert torch.equal(now[key], entry[key]), key
 
 
@@ -445,7 +475,8 @@ def test_complex_parameters_count_as_pairs_of_real_ones(fused):
         z.grad = torch.view_as_complex(x.grad.clone())
         a.step()
         b.step()
-    assert a.state[x]["left_basis"].shape == (3, 2, 2) and a.stats()["stored"] > 1
+    assert [len(m.left[0]) for m in matrices(a, z if z in a.state else x)] == [2, 2, 2]
+    assert a.stats()["stored"] > 1
     assert torch.equal(x.detach(), torch.view_as_real(z.detach()))
 
 
@@ -481,23 +512,24 @@ def test_state_holds_the_factors_as_views():
     optimizer = factored(params, **EVERYTHING)
     advance(optimizer, 0, 2)
     expected = {
-        0: dict(left=(1, 3, 3), right=(1, 5, 5)),
-        1: dict(left=(2, 3, 3), right=(2, 4, 4)),
-        3: dict(left=(1, 2, 2), right=(1, 6, 6)),
-        4: {},
-        5: {},
-        6: dict(right=(1, 4, 4)),
-        7: dict(right=(1, 2, 2)),
-        8: {},
-        9: dict(left=(1, 4, 4)),
+        0: [([3], [5])],
+        1: [([3], [4]), ([3], [4])],
+        2: [([3], [5])],
+        3: [([2], [6])],
+        6: [([], [4])],
+        7: [([6, 5], [2])],
+        9: [([4], [])],
     }
-    for index, shapes in expected.items():
-        entry = optimizer.state[params[index]]
-        assert entry["accumulator"].shape == entry["momentum"].shape == params[index].shape
-        for side in ("left", "right"):
-            assert (side in entry) == (f"{side}_basis" in entry) == (side in shapes)
-            if side in shapes:
-                assert entry[side].shape == entry[f"{side}_basis"].shape == shapes[side]
+    for index, p in enumerate(params):
+        entry = optimizer.state[p]
+        assert entry["accumulator"].shape == entry["momentum"].shape == p.shape
+        assert ("factors" in entry) == ("bases" in entry) == (index in expected)
+        for kind in ("factors", "bases") if index in expected else ():
+            found = matrices(optimizer, p, kind)
+            sides = [([len(q) for q in m.left], [len(q) for q in m.right]) for m in found]
+            assert sides == expected[index]
+            numel = sum(n * n for side in sides for lengths in side for n in lengths)
+            assert entry[kind].shape == (numel,)
     # What is written into the state is what the next step sees.
     twin = factored(parameters(), **EVERYTHING)
     advance(twin, 0, 2)
@@ -563,7 +595,7 @@ def test_loading_other_blocks_changes_nothing():
     before = snapshot(optimizer)
     bad = copy.deepcopy(other.state_dict())
     bad["param_groups"][0]["blocks"] = BLOCKS
-    with pytest.raises(ValueError, match=r"parameter 1.*left.*\(2, 3, 3\).*\(1, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"parameter 1.*factors.*\(50,\).*\(52,\)"):
         optimizer.load_state_dict(bad)
     bad["param_groups"][0]["blocks"] = [1, 5, *BLOCKS[2:]]
     with pytest.raises(ValueError, match=r"blocks: got 5.*\(6, 4\)"):
@@ -631,13 +663,13 @@ def test_group_added_during_training(name, fused):
     assert [group["blocks"] for group in optimizer.param_groups] == [[1, 2], [3, 1]]
     assert_same(([], [dict(optimizer.state[p]) for p in old]), ([], before))
     entry = {key: t.clone() for key, t in optimizer.state[new[0]].items()}
-    assert torch.equal(entry["right_basis"], torch.eye(5).expand(3, 5, 5))
-    assert not entry["accumulator"].any() and not entry["right"].any()
+    assert torch.equal(entry["bases"], torch.eye(5).expand(3, 5, 5).reshape(-1))
+    assert not entry["accumulator"].any() and not entry["factors"].any()
     for step in range(7, 16):
         set_gradients(old + new, step)
         optimizer.step()
     assert all(p.isfinite().all() for p in old + new)
-    assert not torch.equal(entry["right_basis"], optimizer.state[new[0]]["right_basis"])
+    assert not torch.equal(entry["bases"], optimizer.state[new[0]]["bases"])
 
 
 def test_failed_add_param_group_changes_nothing():
@@ -696,5 +728,6 @@ def test_lstm_learns(name, fused):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert optimizer.state[model.rnn.weight_hh_l0]["left"].shape == (4, 8, 8)
+    gates = matrices(optimizer, model.rnn.weight_hh_l0)
+    assert [(len(m.left[0]), len(m.right[0])) for m in gates] == [(8, 8)] * 4
     assert losses[-1] < 0.1 * losses[0]

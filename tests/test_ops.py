@@ -42,6 +42,7 @@ RUNS = {
     "scalar": {"init": "scalar"},
     "kronecker": {"init": "kronecker"},
     "no history": {"history_size": 0, "monitor": None},
+    "kronecker alone": {"init": "kronecker", "history_size": 0, "monitor": None},
 }
 
 

@@ -458,7 +458,7 @@ def test_values_at_the_edge_are_accepted(options):
 
 def test_safeguards_are_common_to_all_groups():
     a, b = random_parameters([(2,), (3,)])
-    own = dict(block_size=7, max_vector_dim=3, factor_interval=3)
+    own = dict(max_vector_dim=3, factor_interval=3)
     for name, value in {**EVERYTHING, **own}.items():
         with pytest.raises(ValueError, match=f"{name}: a parameter group asks for"):
             plain_adaqn([{"params": [a]}, {"params": [b], name: value}])

@@ -482,9 +482,9 @@ def test_rows_of_rings_begin_at_16_bytes(dtype, d):
 
 def test_bfloat16_rings_take_half_the_bytes():
     params = random_parameters([(1000,)])
-    full = Sizes.of(params, PLAIN).bytes()
+    full = Sizes.of(params, PLAIN, None).bytes()
     halved = {**PLAIN, "history_dtype": torch.bfloat16, "fisher_dtype": torch.bfloat16}
-    half = Sizes.of(params, halved).bytes()
+    half = Sizes.of(params, halved, None).bytes()
     assert full - half == 1000 * 2 * (22 + 32)
 
 

@@ -27,10 +27,10 @@ inline void for_blocks(const Scattered& gradients, int64_t begin, int64_t end, c
   }
 }
 
-/// `clip` is clip_factor of the flags, or 1 for what they are measured of.
+/// From elements as given to the gradient to descend.  `clip` is clip_factor of the flags, or 1 for
+/// what they are measured of.
 template <class T>
-inline void load_gradient(const Gradient& gradient, T clip, int64_t at, int64_t n, T* g) {
-  gradient.tensors.load(at, n, g);
+inline void finish_gradient(const Gradient& gradient, T clip, int64_t n, T* g) {
   if (gradient.scaled) {
     const T scale = static_cast<T>(gradient.scale);
     for (int64_t k = 0; k < n; ++k) g[k] /= scale;
@@ -40,6 +40,22 @@ inline void load_gradient(const Gradient& gradient, T clip, int64_t at, int64_t 
   }
   if (clip != 1) {
     for (int64_t k = 0; k < n; ++k) g[k] *= clip;
+  }
+}
+
+template <class T>
+inline void load_gradient(const Gradient& gradient, T clip, int64_t at, int64_t n, T* g) {
+  gradient.tensors.load(at, n, g);
+  finish_gradient(gradient, clip, n, g);
+}
+
+/// Rows of one tensor's gradient, which is there.
+template <class T>
+inline void load_gradient(const Gradient& gradient, T clip, const Rows& rows, T* g,
+                          int64_t stride) {
+  gradient.tensors.load_rows(rows, g, stride);
+  for (int64_t k = 0; k < rows.count; ++k) {
+    finish_gradient(gradient, clip, rows.length, g + k * stride);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
@@ -37,6 +38,7 @@ struct ChunkTask {
   int64_t size;
   int64_t chunks;
 
+  template <Isa isa>
   void run(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t chunk = order == Order::forward ? i : chunks - 1 - i;
@@ -45,23 +47,38 @@ struct ChunkTask {
   }
 };
 
+/// Tasks of unequal cost.  A worker that has done with one takes the next.
+template <class Body>
+struct WorkerTask {
+  const Body& body;
+  int64_t tasks;
+  std::atomic<int64_t>& next;
+
+  template <Isa isa>
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
+    }
+  }
+};
+
 // `flatten` inlines the body, with all it calls, into each of these.  The compiler then vectorises
 // it for the instructions that this one may use.
 template <class Task>
 [[gnu::flatten]] void run_baseline(int64_t begin, int64_t end, void* task) {
-  static_cast<const Task*>(task)->run(begin, end);
+  static_cast<const Task*>(task)->template run<Isa::baseline>(begin, end);
 }
 
 #if defined(__x86_64__) && !defined(ADAQN_ONE_ISA)
 template <class Task>
 [[gnu::flatten, gnu::target("avx2,fma")]] void run_avx2(int64_t begin, int64_t end, void* task) {
-  static_cast<const Task*>(task)->run(begin, end);
+  static_cast<const Task*>(task)->template run<Isa::avx2>(begin, end);
 }
 
 template <class Task>
 [[gnu::flatten, gnu::target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]] void run_avx512(
     int64_t begin, int64_t end, void* task) {
-  static_cast<const Task*>(task)->run(begin, end);
+  static_cast<const Task*>(task)->template run<Isa::avx512>(begin, end);
 }
 
 template <class Task>
@@ -87,6 +104,14 @@ template <class Body>
 void for_chunks(ParallelFor parallel_for, int64_t size, Order order, const Body& body) {
   ChunkTask<Body> task{body, order, size, chunk_count(size)};
   parallel_for(task.chunks, widest_runner<ChunkTask<Body>>(), &task);
+}
+
+/// Calls body(worker, task) for every task, whose outcome must not depend on the worker.
+template <class Body>
+void for_tasks(ParallelFor parallel_for, int64_t workers, int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  WorkerTask<Body> task{body, tasks, next};
+  parallel_for(std::min(workers, tasks), widest_runner<WorkerTask<Body>>(), &task);
 }
 
 /// Calls body(begin, n) for every block of begin..end.

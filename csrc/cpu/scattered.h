@@ -92,6 +92,29 @@ struct Run {
   bool present;
 };
 
+/// Rows of a tile: `length` elements each, `apart` elements from one to the next.
+struct Rows {
+  int64_t begin;
+  int64_t count;
+  int64_t length;
+  int64_t apart;
+};
+
+/// Calls body with an element of the dtype.
+template <class Body>
+inline void with_element_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float());
+    case Dtype::float64:
+      return body(double());
+    case Dtype::bfloat16:
+      return body(BFloat16());
+    case Dtype::float16:
+      return body(Half());
+  }
+}
+
 /// Segments in order, without gaps and without empty ones.
 class Scattered {
  public:
@@ -124,16 +147,9 @@ class Scattered {
         std::fill_n(to + at, part, T(0));
         return;
       }
-      switch (segment.dtype) {
-        case Dtype::float32:
-          return load_elements<T, float>(segment, first, part, to + at);
-        case Dtype::float64:
-          return load_elements<T, double>(segment, first, part, to + at);
-        case Dtype::bfloat16:
-          return load_elements<T, BFloat16>(segment, first, part, to + at);
-        case Dtype::float16:
-          return load_elements<T, Half>(segment, first, part, to + at);
-      }
+      with_element_type(segment.dtype, [&](auto element) {
+        load_elements<T, decltype(element)>(segment, first, part, to + at);
+      });
     });
   }
 
@@ -141,15 +157,32 @@ class Scattered {
   template <class T>
   void store(int64_t begin, int64_t n, const T* from) const {
     for_parts(begin, n, [&](const Segment& segment, int64_t first, int64_t part, int64_t at) {
-      switch (segment.dtype) {
-        case Dtype::float32:
-          return store_elements<T, float>(segment, first, part, from + at);
-        case Dtype::float64:
-          return store_elements<T, double>(segment, first, part, from + at);
-        case Dtype::bfloat16:
-          return store_elements<T, BFloat16>(segment, first, part, from + at);
-        case Dtype::float16:
-          return store_elements<T, Half>(segment, first, part, from + at);
+      with_element_type(segment.dtype, [&](auto element) {
+        store_elements<T, decltype(element)>(segment, first, part, from + at);
+      });
+    });
+  }
+
+  /// Rows of `length` elements of one tensor, which has data, as T.
+  template <class T>
+  void load_rows(const Rows& rows, T* to, int64_t stride) const {
+    const Segment& segment = *find(rows.begin);
+    with_element_type(segment.dtype, [&](auto element) {
+      for (int64_t k = 0; k < rows.count; ++k) {
+        const int64_t first = rows.begin - segment.start + k * rows.apart;
+        load_elements<T, decltype(element)>(segment, first, rows.length, to + k * stride);
+      }
+    });
+  }
+
+  /// Sets such rows, rounded to the tensor's dtype.
+  template <class T>
+  void store_rows(const Rows& rows, const T* from, int64_t stride) const {
+    const Segment& segment = *find(rows.begin);
+    with_element_type(segment.dtype, [&](auto element) {
+      for (int64_t k = 0; k < rows.count; ++k) {
+        const int64_t first = rows.begin - segment.start + k * rows.apart;
+        store_elements<T, decltype(element)>(segment, first, rows.length, from + k * stride);
       }
     });
   }
