@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from kernel_problems import F64, Case, Problem
+from kernel_problems import F64, Case, Problem, bits
+from torch import Tensor
 
 from adaqn_cuda.plan import Cut, Plan
 
@@ -61,11 +62,10 @@ class BlocksProblem(Problem):
         factors, bases = self.draw(plan.factors), self.draw(plan.factors)
         for place, side in plan.squares():
             square = slice(place, place + side**2)
-            factors[square], bases[square] = self.factor_and_basis(side)
+            factor, basis = self.factor_and_basis(side)
+            factors[square], bases[square] = factor.reshape(-1), basis.reshape(-1)
         self.values.update(
-            {name: getattr(case, name) for name in ("call", "interval", "pending", "inverse")}
-        )
-        self.values.update(
+            {name: getattr(case, name) for name in ("call", "interval", "pending", "inverse")},
             table=plan.table,
             factors=self.guarded(factors, self.vector),
             bases=self.guarded(bases, self.vector),
@@ -73,18 +73,31 @@ class BlocksProblem(Problem):
             x=self.guarded(self.draw(self.total()), self.vector),
         )
 
-    def factor_and_basis(self, side: int):
-        """A factor whose eigenvalues are far apart, and an orthogonal matrix near its eigenbasis,
-        with columns out of order."""
-        basis, _ = torch.linalg.qr(self.draw(side, side))
+    def factor_and_basis(self, side: int) -> tuple[Tensor, Tensor]:
+        """A factor whose eigenvalues are far apart, and an orthogonal matrix whose columns are near
+        its eigenvectors, out of order."""
+        basis = torch.linalg.qr(self.draw(side, side))[0]
         values = torch.logspace(0.5, -0.5, side, dtype=F64, device=self.device)
-        near, _ = torch.linalg.qr(basis + 0.1 / side * self.draw(side, side))
-        near = near * (near * basis).sum(0).sign()
-        shuffled = torch.randperm(side, device=self.device)
-        return ((basis * values) @ basis.mT).reshape(-1), near[:, shuffled].reshape(-1)
+        near = torch.linalg.qr(basis + 0.1 / side * self.draw(side, side))[0]
+        return (basis * values) @ basis.mT, near[:, self.draw(side).argsort()]
 
-    def persistent(self):
-        """Also what belongs to the matrix."""
-        return super().persistent() + [
-            self[name].clone() for name in ("factors", "bases", "square")
+    def squares(self, name: str) -> list[Tensor]:
+        """All factors, or all bases."""
+        flat = self[name]
+        return [
+            flat[place : place + side**2].view(side, side) for place, side in self.plan.squares()
         ]
+
+    def set_factors(self, factor) -> None:
+        """Every factor is what ``factor(side)`` gives, and every basis the identity."""
+        for own, basis in zip(self.squares("factors"), self.squares("bases"), strict=True):
+            own.copy_(factor(len(own)))
+            basis.copy_(torch.eye(len(own)))
+
+    def persistent(self) -> list[Tensor]:
+        return [*super().persistent(), *(bits(self[x]) for x in ("factors", "bases", "square"))]
+
+    def at_rest(self) -> list[Tensor]:
+        spans = [self.plan.spans[i] for i in self.case.standing()]
+        own = [bits(self[name][span]) for name in ("factors", "bases") for span in spans]
+        return [*super().at_rest(), *own]
