@@ -2,25 +2,26 @@
 // such panel takes rounds of Cholesky-QR.
 //
 // Every round multiplies the columns with an upper triangle of positive diagonal, so the result is
-// the Q of the QR decomposition with a positive diagonal of R, in any number of rounds.  The first
-// round serves well-conditioned columns alone; where columns nearly depend on those before, what is
-// left of them is small, relatively inexact and far from orthonormal, and further rounds find that.
+// the Q of the QR decomposition with a positive diagonal of R, in any number of rounds.  One round
+// does for well-conditioned columns.  Of a column that nearly depends on those before, the Gram
+// matrix knows too little: it is left with what those take out of it and is dealt with in the next
+// round, where that is all there is of it.
 #pragma once
 
 #include "product.cuh"
 
 namespace adaqn::cuda {
 
-/// Rounds after which a panel is given up; two are common, three rare.
-constexpr int kRounds = 6;
+/// Rounds after which a panel is given up; columns of rank one, but for damping, take three.
+constexpr int kRounds = 8;
 
-/// Share of a column's square that must be left, once what earlier columns say is taken out, for
-/// the round to be the last.
-constexpr double kSafeShare = 0.5;
+/// Share of every column's square that must be left, once what earlier columns say is taken out,
+/// for the round to be the last: |Q^T Q - I| is at most about the rounding error over that.
+constexpr double kSafeShare = 0.1;
 
-/// Smaller shares are rounding; a pivot is raised to this.
+/// Share below which what is left is too inexact to be taken out of later columns.
 template <class T>
-constexpr T kLeastShare = sizeof(T) == 8 ? T(1.4e-14) : T(7.6e-6);
+constexpr T kLeastShare = sizeof(T) == 8 ? T(1e-9) : T(1e-4);
 
 /// Scratch, beside a square matrix as large as that of the columns.
 template <class T>
@@ -53,20 +54,25 @@ __device__ void square_columns(const Panel<T>& panel, T* squares) {
 }
 
 /// z_j = z_j - sum over k < j of z_k (z_k.z_j) / |z_k|^2, each z_k as it has become, by elimination
-/// in the Gram matrix; then every z_j is divided by its norm.  The smallest share that was left of
-/// a column's square; not positive where that is not finite or a column is zero.
+/// in the Gram matrix; then every z_j is divided by its norm.  Columns with less than kLeastShare
+/// are not taken out, and divided by less than their norm was.  The smallest share that was left of
+/// a column's square, or kLeastShare; zero where one is not finite or a column is zero.
 template <class T>
 __device__ T eliminate(const Panel<T>& panel, T* gram, const PanelWords<T>& words) {
   constexpr int kFurther = kThreads<T> / kPatch;
   const int width = panel.width, first = threadIdx.x / kPatch, j = threadIdx.x % kPatch;
   T least = 1;
   for (int k = 0; k < width; ++k) {
-    const T square = words.squares[k], floor = kLeastShare<T> * square;
-    T pivot = gram[k * width + k];
+    const T square = words.squares[k], pivot = gram[k * width + k];
     if (!(square > 0) || !is_finite(square) || !is_finite(pivot)) return 0;
+    const T floor = kLeastShare<T> * square;
+    const bool inexact = pivot < floor;
+    if (threadIdx.x == 0) words.pivots[k] = inexact ? floor : pivot;
+    if (inexact) {
+      least = kLeastShare<T>;
+      continue;
+    }
     if (pivot < least * square) least = pivot / square;
-    if (pivot < floor) pivot = floor;
-    if (threadIdx.x == 0) words.pivots[k] = pivot;
     if (k < j && j < width) {
       const T factor = gram[k * width + j] / pivot;
 #pragma unroll 1  // registers are scarce
@@ -82,11 +88,12 @@ __device__ T eliminate(const Panel<T>& panel, T* gram, const PanelWords<T>& word
     }
     __syncthreads();
   }
+  __syncthreads();
   for_each_element<T>(panel.rows, width, [&](int, int i, int column) {
     panel.z[i * panel.pitch + column] /= sqrt(words.pivots[column]);
   });
   __syncthreads();
-  return least > kLeastShare<T> ? least : kLeastShare<T>;
+  return least;
 }
 
 /// Makes columns first..first+width-1 of z (side x side) orthonormal, and orthogonal to those
@@ -107,7 +114,7 @@ __device__ bool orthonormalise_panel(const Panels<T>& panels, T* z, int side, in
             [=](int i, int j, T value) { scratch[i * width + j] = value; });
     const T least = eliminate(panel, scratch, words);
     if (!(least > 0)) return false;
-    if (least > T(kSafeShare)) return true;
+    if (least >= T(kSafeShare)) return true;
   }
   return false;
 }
