@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -145,15 +146,16 @@ class AdaQN(Optimizer):
         capturable (bool, optional): accepted for compatibility; every step is free of host
             synchronisation (default: ``True``).
         differentiable (bool, optional): must be ``False``.
+        max_factor_dim (int, optional): deprecated name of ``block_size``.
 
     ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
     so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
     else is common to all, because the curvature is one matrix. Options may be changed while
-    training, but for those that give the state its shape; a change that cannot be honoured raises at the next
-    step. Parameters without a gradient stand still: no decay, no momentum, no direction. A step
-    without any gradient does nothing and is not counted. Averages count the steps of all: a
-    parameter that gets its first gradient late begins with longer steps, up to ten times, for
-    some tens of steps; warm its ``lr`` up where that matters.
+    training, but for those that give the state its shape; a change that cannot be honoured raises
+    at the next step. Parameters without a gradient stand still: no decay, no momentum, no
+    direction. A step without any gradient does nothing and is not counted. Averages count the steps
+    of all: a parameter that gets its first gradient late begins with longer steps, up to ten times,
+    for some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
@@ -215,7 +217,7 @@ class AdaQN(Optimizer):
         block_size: int = 128,
         max_vector_dim: int = 64,
         factor_interval: int = 5,
-        blocks: Mapping[Tensor, int] | None = None,
+        blocks: Mapping[Tensor, int | Sequence[int]] | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
@@ -225,7 +227,16 @@ class AdaQN(Optimizer):
         foreach: bool | None = None,
         capturable: bool = True,
         differentiable: bool = False,
+        max_factor_dim: int | None = None,
     ) -> None:
+        if max_factor_dim is not None:
+            warnings.warn(
+                "max_factor_dim is deprecated, and longer sides get factors now, by pieces; "
+                f"pass block_size={max_factor_dim!r}",
+                FutureWarning,
+                stacklevel=2,
+            )
+            block_size = max_factor_dim
         values = locals()
         self.curvature_product = curvature if callable(curvature) else None
         if callable(curvature):
@@ -263,10 +274,6 @@ class AdaQN(Optimizer):
             validate_group(param_group, common)
             for name in COMMON:  # as they are now, whatever they were at first
                 param_group.setdefault(name, common[name])
-            for name in GROUPED:
-                found = [group[name] for group in self.param_groups]
-                alike = len(set(found)) == 1
-                param_group.setdefault(name, found[0] if alike else self.defaults[name])
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -726,6 +733,9 @@ class AdaQN(Optimizer):
             self.monitor = self.curvature_closure = self.curvature_product = None
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
+        for name in GROUPED:  # groups that are added take what is loaded, too
+            if len({group[name] for group in self.param_groups}) == 1:
+                self.defaults[name] = self.param_groups[0][name]
         self._note_blocks()
         if "_incoming" in self.__dict__:
             arena = self._incoming

@@ -133,9 +133,7 @@ class Problem:
 
     def measure(self) -> None:
         """The flags of the gradient, as pass 1 leaves them."""
-        g = gradient_vector(
-            self["params"], self["grads"], self.dtype, self["grad_scale"], False
-        )
+        g = gradient_vector(self["params"], self["grads"], self.dtype, self["grad_scale"], False)
         measure_gradient(g, self["found_inf"], self["projections"])
 
     def __getitem__(self, name: str):

@@ -702,6 +702,92 @@ def test_blocks_may_be_given_for_the_optimizer_or_for_a_group():
     assert [group["blocks"] for group in groups] == [[1], [4]]
 
 
+@both_backends
+def test_blocks_of_unequal_heights_are_parameters_of_their_own(fused):
+    (whole,) = random_parameters([(7, 4)], torch.float64)
+    parts = [nn.Parameter(part.clone()) for part in whole.detach().split([4, 1, 2])]
+    a = plain_adaqn([whole], blocks={whole: (4, 1, 2)}, fused=fused, **ALONE)
+    b = plain_adaqn(parts, fused=fused, **ALONE)
+    assert a.param_groups[0]["blocks"] == [[4, 1, 2]]
+    for step in range(15):
+        set_gradients([whole], step)
+        for part, g in zip(parts, whole.grad.split([4, 1, 2]), strict=True):
+            part.grad = g.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in parts]))
+    resumed = AdaQN([whole])
+    resumed.load_state_dict(round_trip(a.state_dict()))
+    assert resumed.param_groups[0]["blocks"] == [[4, 1, 2]]
+
+
+# --------------------------------------------------------------------------- mixed groups
+
+
+@both_backends
+def test_groups_may_differ_in_their_initial_matrix(fused):
+    """Each steps as an optimizer of its own, as long as no basis has had its turn."""
+    shapes = [(3, 5), (8, 4), (6, 2), (4,)]
+    options = dict(ALONE, fused=fused)
+    del options["init"], options["block_size"]
+    sizes = [dict(init="rmsprop"), dict(block_size=4), dict(block_size=3), dict(init="rmsprop")]
+    together, alone = random_parameters(shapes), random_parameters(shapes)
+    groups = [{"params": [p], **size} for p, size in zip(together, sizes, strict=True)]
+    one = plain_adaqn(groups, **dict(options, init="kronecker"))
+    many = [
+        plain_adaqn([p], **{**options, "init": "kronecker", **size})
+        for p, size in zip(alone, sizes, strict=True)
+    ]
+    for step in range(12):
+        set_gradients(together, step)
+        set_gradients(alone, step)
+        for optimizer in (one, *many):
+            optimizer.step()
+        for p, q in list(zip(together, alone, strict=True))[:: 1 if step == 0 else 3]:
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert "factors" not in one.state[together[0]] and "factors" in one.state[together[1]]
+
+
+def test_only_a_diagonal_of_the_same_kind_mixes_with_factors():
+    a, b = random_parameters([(2, 3), (3,)])
+    for first, second in (("kronecker", "adagrad"), ("scalar", "rmsprop"), ("rmsprop", "adagrad")):
+        with pytest.raises(ValueError, match=f"init: .*'{second}'.*'{first}'.*may be mixed"):
+            AdaQN([{"params": [a]}, {"params": [b], "init": second}], init=first)
+    optimizer = AdaQN([{"params": [a], "init": "rmsprop"}])
+    optimizer.add_param_group({"params": [b], "init": "kronecker"})
+    assert [group["init"] for group in optimizer.param_groups] == ["rmsprop", "kronecker"]
+    with pytest.raises(ValueError, match="init: .*may be mixed"):
+        optimizer.add_param_group({"params": random_parameters([(2,)]), "init": "scalar"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("init", "rmsprop"), ("block_size", 2)])
+def test_a_group_keeps_what_gives_its_state_the_shape(name, value):
+    a, b = random_parameters([(4, 3), (3, 4)])
+    optimizer = AdaQN([{"params": [a]}, {"params": [b]}])
+    set_gradients([a, b], 0)
+    optimizer.step()
+    before, was = snapshot(optimizer), optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(RuntimeError, match=f"{name}: was {was!r}"):
+        optimizer.step()
+    optimizer.param_groups[1][name] = was
+    assert_same(snapshot(optimizer), before)
+    optimizer.step()
+
+
+def test_the_old_name_of_block_size_is_deprecated():
+    (p,) = random_parameters([(4, 3)])
+    with pytest.warns(FutureWarning, match="pass block_size=5"):
+        assert AdaQN([p], max_factor_dim=5).param_groups[0]["block_size"] == 5
+
+
+def test_repr_tells_how_much_has_factors():
+    params = random_parameters([(10, 5), (1, 30), (100,)])
+    text = repr(AdaQN(params, block_size=4))
+    assert "Factors: on both sides of 27.8 % of them, on one of 16.7 %, on none of 55.6 %" in text
+    assert "Factors" not in repr(AdaQN(params, init="rmsprop"))
+
+
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
