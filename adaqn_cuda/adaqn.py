@@ -318,7 +318,8 @@ class AdaQN(Optimizer):
             for _ in group["blocks"]
         ]
         cuts = [Cut(heights(*own), size) for *own, size in zip(shapes, blocks, sizes, strict=True)]
-        return Plan(shapes, cuts, common["max_vector_dim"])
+        plan = Plan(shapes, cuts, common["max_vector_dim"])
+        return plan if plan.factors else None
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -499,8 +500,10 @@ class AdaQN(Optimizer):
                 "state_dict of before into the model and the optimizer"
             )
 
-    def _check_compiled(self) -> None:
-        """What :meth:`_init_group` does for a step that is traced, when it runs.
+    def _advance_compiled(
+        self, params: list[Tensor], grads: list[Tensor | None], state: list[Tensor]
+    ) -> None:
+        """A step that was traced, with what :meth:`_init_group` does for the others.
 
         The graph holds the buffers that it was traced with.
         """
@@ -511,6 +514,7 @@ class AdaQN(Optimizer):
                 "parameters or state were replaced after the step had been compiled; call "
                 "torch.compiler.reset() and compile it anew"
             )
+        self._advance(params, grads, self._arena.over(state))
 
     @torch.compiler.disable
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -644,7 +648,7 @@ class AdaQN(Optimizer):
         """A line on how many of the parameters have Kronecker factors."""
         plan = self._plan(self.param_groups)
         if plan is None:
-            return ""
+            return "Factors: none\n" if self._common()["init"] == "kronecker" else ""
         counts = [0, 0, 0]
         for p, sides in zip(self._parameters(), plan.sides, strict=True):
             counts[sides] += p.numel()

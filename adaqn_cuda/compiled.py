@@ -8,16 +8,23 @@ the host part of the step (schedule, learning rates) runs as Python when the ope
 from __future__ import annotations
 
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .adaqn import AdaQN
 
-_optimizers: WeakValueDictionary[int, AdaQN] = WeakValueDictionary()
+class Compilable(Protocol):
+    """An optimizer whose step a graph may hold."""
+
+    def _advance_compiled(
+        self, params: list[Tensor], grads: list[Tensor | None], state: list[Tensor]
+    ) -> None:
+        """Step, with the parameters, gradients and state tensors of the graph."""
+
+
+_optimizers: WeakValueDictionary[int, Compilable] = WeakValueDictionary()
 _handles = count()
 
 _library = torch.library.Library("adaqn", "FRAGMENT")
@@ -27,7 +34,7 @@ _library.define(
 )
 
 
-def register(optimizer: AdaQN) -> int:
+def register(optimizer: Compilable) -> int:
     """A handle by which a graph finds ``optimizer``."""
     handle = next(_handles)
     _optimizers[handle] = optimizer
@@ -40,8 +47,7 @@ def _whole_step(
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists; compile it again")
-    optimizer._check_compiled()
-    optimizer._advance(params, grads, optimizer._arena.over(state))
+    optimizer._advance_compiled(params, grads, state)
 
 
 def _fake(handle: int, params: object, grads: object, state: object) -> None:

@@ -160,8 +160,8 @@ COMMON = tuple(name for name in CHECKS if name not in (*PER_GROUP, *GROUPED))
 
 def common_options(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Options of the whole optimizer: one group with factors makes it one with factors."""
-    inits = [group["init"] for group in groups]
-    return {**groups[0], "init": "kronecker" if "kronecker" in inits else inits[0]}
+    factored = any(group.get("init") == "kronecker" for group in groups)
+    return {**groups[0], "init": "kronecker"} if factored else dict(groups[0])
 
 
 def validate(options: dict[str, Any]) -> None:

@@ -81,7 +81,8 @@ class Plan:
             self.sides.append(self._add(index, shape, cut, start))
             self.spans.append(slice(first, self.factors))
             start += shape.numel()
-        self.table = torch.tensor(self._rows, dtype=torch.int64).reshape(-1, len(Column))
+        rows = torch.tensor(self._rows, dtype=torch.int64, device="cpu")
+        self.table = rows.reshape(-1, len(Column))
 
     def _add(self, index: int, shape: torch.Size, cut: Cut, start: int) -> int:
         """Add the matrices of a parameter; how many of their sides have factors."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from kernel_problems import BF16, F16, F32, F64, arguments, assert_close, bits, check, run
-from kronecker_problems import Blocks, BlocksProblem
+from kronecker_arguments import Blocks, BlocksProblem
 
 from adaqn_cuda import reference
 from adaqn_cuda.layout import Counter, Flag

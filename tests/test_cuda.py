@@ -35,7 +35,7 @@ from kernel_properties import (
     check_standing,
     check_swap_without_iterates,
 )
-from kronecker_problems import Blocks
+from kronecker_arguments import Blocks
 from kronecker_properties import (
     ACCUMULATE,
     check_bases,

@@ -3,7 +3,7 @@
 import pytest
 from emulated import EmulatedOps, build
 from kernel_problems import F32, F64, run
-from kronecker_problems import Blocks, BlocksProblem
+from kronecker_arguments import Blocks, BlocksProblem
 from kronecker_properties import (
     ACCUMULATE,
     APPLY,

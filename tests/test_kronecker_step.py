@@ -785,6 +785,7 @@ def test_repr_tells_how_much_has_factors():
     params = random_parameters([(10, 5), (1, 30), (100,)])
     text = repr(AdaQN(params, block_size=4))
     assert "Factors: on both sides of 27.8 % of them, on one of 16.7 %, on none of 55.6 %" in text
+    assert "Factors: none" in repr(AdaQN(params, block_size=1))
     assert "Factors" not in repr(AdaQN(params, init="rmsprop"))
 
 

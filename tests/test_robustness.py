@@ -591,7 +591,7 @@ def test_an_interrupt_reaches_a_monitor_at_once(fused):
 @both_backends
 def test_a_step_that_failed_halfway_says_so(fused, monkeypatch):
     params = random_parameters([(4, 3)])
-    optimizer = AdaQN(params, fused=fused)
+    optimizer = AdaQN(params, history_size=2, fused=fused)
     train(optimizer, params, 0, 2)
     saved = copy.deepcopy(optimizer.state_dict())
 
@@ -810,7 +810,7 @@ def test_blocks_follow_their_parameters():
     assert optimizer.param_groups[0]["blocks"] == [1, 4]
     optimizer.param_groups[0]["params"] = [c, a]
     train(optimizer, [c, a], 4, 6)
-    assert optimizer.state[a]["left"].shape == (4, 2, 2)
+    assert optimizer.state[a]["factors"].shape == (4 * (2 * 2 + 3 * 3),)
     for changed in ([1, 2], {a: 2}):
         optimizer.param_groups[0]["blocks"] = changed
         with pytest.raises(RuntimeError, match="blocks"):

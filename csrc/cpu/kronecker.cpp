@@ -7,6 +7,8 @@
 #include "direction.h"
 #include "dispatch.h"
 #include "eigenbasis.h"
+#include "products.h"
+#include "scratch.h"
 
 namespace adaqn::cpu {
 namespace {
@@ -213,10 +215,10 @@ template <class T>
 int64_t scratch_bytes(const std::vector<FactorTask>& tasks) {
   int64_t most = 0;
   for (const FactorTask& task : tasks) {
-    Scratch sums, bases;
-    FactorBuffers<T>(sums, task.side(), task.across().largest());
-    if (task.iterations > 0) BasisBuffers(bases, task.side());
-    most = std::max({most, sums.bytes(), bases.bytes()});
+    Scratch scratch;
+    FactorBuffers<T>(scratch, task.side(), task.across().largest());
+    const int64_t refresh = task.iterations > 0 ? basis_scratch_bytes(task.side()) : 0;
+    most = std::max({most, scratch.bytes(), refresh});
   }
   return most;
 }
@@ -232,12 +234,9 @@ inline void take_in(const Gradient& gradient, T clip, const FactorTask& task, Sc
   for (int64_t k = 0; k < task.across().pieces; ++k) {
     const Rows rows = task.tile(k).rows();
     const int64_t depth = task.left ? rows.length : rows.count;
-    if (task.left) {
-      load_gradient(gradient, clip, rows, b.tile, b.tile_stride);
-      transpose(b.tile, b.tile_stride, side, depth, b.rows, b.stride);
-    } else {
-      load_gradient(gradient, clip, rows, b.rows, b.stride);
-    }
+    T* const tile = task.left ? b.tile : b.rows;
+    load_gradient(gradient, clip, rows, tile, task.left ? b.tile_stride : b.stride);
+    if (task.left) transpose(tile, b.tile_stride, side, depth, b.rows, b.stride);
     for (int64_t l = 0; l < depth; ++l) {
       std::fill(b.rows + l * b.stride + side, b.rows + (l + 1) * b.stride, T(0));
     }
