@@ -87,7 +87,7 @@ __device__ __forceinline__ void fill_panel(T* panel, const Operand& operand, int
   constexpr bool kAlong = Operand::kAlongDepth;
   const int own_i = kAlong ? threadIdx.x / kDepth : threadIdx.x % kPatch;
   const int own_k = kAlong ? threadIdx.x % kDepth : threadIdx.x / kPatch;
-#pragma unroll
+#pragma unroll 4  // all in float32
   for (int n = 0; n < kPatch * kDepth / kThreads<T>; ++n) {
     const int i = own_i + (kAlong ? n * (kThreads<T> / kDepth) : 0);
     const int k = own_k + (kAlong ? 0 : n * (kThreads<T> / kPatch));
