@@ -144,6 +144,8 @@ def adaqn_bytes(m: int, width: int, kind: str, momentum: bool = False, cap: bool
 
 #: Without pairs: g read twice, v, m and w read and written once.
 DIAGONAL_BYTES = 32
+#: On the Kronecker matrix: g once more, for the factors; beside them and their bases.
+KRONECKER_BYTES = 36
 
 
 def fill_adaqn(optimizer: AdaQN) -> None:
@@ -196,6 +198,10 @@ def contenders(device: str, histories: tuple[int, ...]) -> Iterator[Contender]:
     yield Contender(
         "AdaQN diagonal", partial(AdaQN, **diagonal), lambda _: DIAGONAL_BYTES, 0,
         graphs=device == "cuda",
+    )  # fmt: skip
+    yield Contender(
+        "AdaQN Kronecker", partial(AdaQN, **{**diagonal, "init": "kronecker"}),
+        lambda _: KRONECKER_BYTES, 0,
     )  # fmt: skip
     yield Contender(
         "AdaQN reference", partial(AdaQN, fused=False, **options), partial(adaqn_bytes, m, 4), m,

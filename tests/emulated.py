@@ -66,11 +66,15 @@ def rates(lr, weight_decay, lr_tensor, weight_decay_tensor) -> tuple:
     return lr, weight_decay, address(lr_tensor), address(weight_decay_tensor)
 
 
+def kronecker(table, factors, bases, square, call, interval) -> tuple:
+    return address(table), len(table), *map(address, (factors, bases, square)), call, interval
+
+
 class EmulatedOps:
     """The operations of :data:`adaqn_cuda.ops.SCHEMAS`, by the emulated CUDA kernels."""
 
-    def __init__(self, multiprocessors=2, blocks=2, reverse_order=False):
-        self.device = (multiprocessors, blocks, reverse_order)
+    def __init__(self, multiprocessors=2, blocks=2, shared_kib=227, reverse_order=False):
+        self.device = (multiprocessors, blocks, shared_kib << 10, reverse_order)
 
     def _module(self) -> ModuleType:
         module = build()
@@ -161,6 +165,46 @@ class EmulatedOps:
             ),
             (address(grad_scale), address(found_inf), maximize, max_grad_norm),
             (beta, keep, add, eps, correct_bias),
+            rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
+        )  # fmt: skip
+
+    def kronecker_accumulate(
+        self, params, grads, table, projections, counters, grad_scale, maximize, max_grad_norm,
+        keep, call, interval, accumulator, factors, bases, square,
+    ):  # fmt: skip
+        words = state(
+            accumulator.dtype, accumulator.numel(), accumulator=accumulator,
+            projections=projections, counters=counters,
+        )  # fmt: skip
+        self._module().kronecker_accumulate(
+            rows(params, grads), {**words, "slots": len(projections) - len(Flag)},
+            kronecker(table, factors, bases, square, call, interval),
+            (address(grad_scale), 0, maximize, max_grad_norm), (0.0, keep, 1 - keep, 0.0, False),
+        )  # fmt: skip
+
+    def kronecker_apply(
+        self, table, counters, accumulator, bases, keep, eps, correct_bias, pending, inverse, x
+    ):
+        self._module().kronecker_apply(
+            state(x.dtype, x.numel(), accumulator=accumulator, counters=counters, direction=x),
+            kronecker(table, None, bases, None, 1, 1), (0.0, keep, 0.0, eps, correct_bias),
+            pending, inverse,
+        )  # fmt: skip
+
+    def kronecker_step(
+        self, params, grads, table, grad_scale, found_inf, maximize, max_grad_norm, beta, keep, eps,
+        correct_bias, call, interval, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor,
+        momentum, accumulator, factors, bases, square, projections, counters,
+    ):  # fmt: skip
+        self._module().kronecker_step(
+            rows(params, grads, group_sizes),
+            state(
+                accumulator.dtype, accumulator.numel(), momentum=momentum, accumulator=accumulator,
+                projections=projections, counters=counters,
+            ),
+            kronecker(table, factors, bases, square, call, interval),
+            (address(grad_scale), address(found_inf), maximize, max_grad_norm),
+            (beta, keep, 1 - keep, eps, correct_bias),
             rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
         )  # fmt: skip
 

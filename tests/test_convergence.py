@@ -40,6 +40,7 @@ def record(study, run, loss):
     return {
         "kind": "run", "definition": run.definition(study.text), "curve": curve,
         "loss": loss if math.isfinite(loss) else None, "seconds": 1.0, "stats": None,
+        "evaluations": run.steps, "state_bytes": 2_000_000,
     }  # fmt: skip
 
 
@@ -164,6 +165,15 @@ def test_a_given_lr_is_not_tuned_and_a_trial_not_tested(tmp_path):
     assert [(r.lr, r.seed) for r in made] == [(lr, 0) for lr in mine.grid()]
 
 
+def test_a_block_size_is_tuned_around_the_tasks_own_lr_and_not_tested(tmp_path):
+    from experiments.ledger import Ledger
+
+    mine = study("block-64", "transformer")
+    assert mine.grid() == study("kronecker", "transformer").grid()[1:-1]
+    made = work_off(mine, Ledger(tmp_path / "work.jsonl"), parabola(mine.grid()[1]))
+    assert [(r.lr, r.seed) for r in made] == [(lr, 0) for lr in mine.grid()]
+
+
 @pytest.mark.parametrize("rule", ["unit", "trust", "distance"])
 def test_rescaled_steps_have_the_size_that_the_rule_gives(rule):
     import torch
@@ -200,7 +210,178 @@ def test_relative_steps_are_multiples_of_the_parameters():
     torch.testing.assert_close(w - start, rms(start) * (twin - start))
 
 
+# ---------------------------------------------------------------------- peers
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["soap", "soap, our settings", "psgd-kron", "shampoo", "shampoo, our settings", "muon"],
+)
+@pytest.mark.parametrize("task", ["regression", "pinn"])
+def test_a_peer_makes_the_loss_fall_at_some_lr_of_its_grid(method, task):
+    from experiments.methods import METHODS
+    from experiments.training import Run, execute
+
+    task, method = short(task, 30), METHODS[method]
+    results = [execute(Run(task, method, lr, seed=0), None) for lr in method.grid(task)[:3]]
+    assert all(r["loss"] is not None and r["state_bytes"] > 0 for r in results)
+    assert min(r["loss"] for r in results) < 0.7 * results[0]["curve"][0][1]
+
+
+def gradients(count, *shape):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def displacements(optimizer, w, grads):
+    """What each step at lr 1 moves ``w`` by."""
+    found = []
+    for g in grads:
+        before = w.detach().clone()
+        w.grad = g
+        optimizer.step()
+        found.append(w.detach() - before)
+    return found
+
+
+def parameter(*shape):
+    import torch
+
+    return torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_soap_without_bases_is_adam_that_skips_the_first_gradient():
+    import torch
+    from experiments.peers import SOAP
+
+    grads, (w, twin) = gradients(4, 5, 3), (parameter(5, 3) for _ in range(2))
+    mine = displacements(SOAP([w], lr=1.0, betas=(0.9, 0.99), max_side=1), w, grads)
+    adam = torch.optim.Adam([twin], lr=1.0, betas=(0.9, 0.99))
+    assert mine[0].count_nonzero() == 0
+    torch.testing.assert_close(mine[1:], displacements(adam, twin, grads[1:]))
+
+
+def test_soap_turns_with_the_gradients():
+    """In eigenbases, unlike Adam: what is turned at the start stays turned."""
+    import torch
+    from experiments.peers import SOAP
+
+    left, right, *grads = gradients(10, 4, 4)
+    left, right = torch.linalg.qr(left).Q, torch.linalg.qr(right).Q
+    w, twin = parameter(4, 4), parameter(4, 4)
+    options = dict(lr=1.0, interval=2)
+    mine = displacements(SOAP([w], **options), w, grads)
+    turned = displacements(SOAP([twin], **options), twin, [left @ g @ right for g in grads])
+    torch.testing.assert_close([left @ m @ right for m in mine], turned)
+
+
+def test_what_soap_knows_of_a_column_stays_with_it_when_columns_are_sorted():
+    import torch
+    from experiments.peers.soap import refresh
+
+    factor, v = torch.tensor([1.0, 3.0, 2.0]).diag(), torch.arange(6.0).view(3, 2)
+    state = {"factors": {0: factor}, "bases": {0: torch.eye(3)}, "v": v}
+    refresh(state)
+    torch.testing.assert_close(state["bases"][0].abs(), torch.eye(3)[:, [1, 2, 0]])
+    torch.testing.assert_close(state["v"], v[[1, 2, 0]])
+
+
+def test_gates_have_a_state_of_their_own():
+    import torch
+    from experiments.peers import SOAP
+
+    grads = gradients(4, 6, 3)
+    w, upper, lower = parameter(6, 3), parameter(3, 3), parameter(3, 3)
+    whole = displacements(SOAP([w], lr=1.0, blocks={w: 2}), w, grads)
+    parts = [
+        displacements(SOAP([p], lr=1.0), p, [g.chunk(2)[i] for g in grads])
+        for i, p in enumerate((upper, lower))
+    ]
+    torch.testing.assert_close(whole, [torch.cat(pair) for pair in zip(*parts, strict=True)])
+
+
+def test_shampoo_takes_roots_of_both_factors_and_the_length_of_adam():
+    import torch
+    from experiments.peers import Shampoo
+
+    (g,) = gradients(1, 3, 3)
+    w, twin = parameter(3, 3), parameter(3, 3)
+    (move,) = displacements(Shampoo([w], lr=1.0, interval=1), w, [g])
+    (adam,) = displacements(torch.optim.Adam([twin], lr=1.0), twin, [g])
+    u, _, v = torch.linalg.svd(g)  # (G G^T)^(-1/4) G (G^T G)^(-1/4)
+    torch.testing.assert_close(move, -u @ v / 3**0.5 * adam.norm(), rtol=1e-6, atol=1e-6)
+
+
+def test_shampoo_starts_as_adam_and_cuts_long_sides():
+    import torch
+    from experiments.peers import Shampoo
+
+    grads, (w, twin) = gradients(6, 5, 3), (parameter(5, 3) for _ in range(2))
+    options = dict(lr=1.0, interval=4)
+    mine = displacements(Shampoo([w], **options, max_side=3), w, grads)
+    adam = displacements(torch.optim.Adam([twin], lr=1.0), twin, grads)
+    torch.testing.assert_close(mine[:3], adam[:3])
+    tile = parameter(2, 3)
+    alone = displacements(Shampoo([tile], **options), tile, [g[3:] for g in grads])
+    torch.testing.assert_close([m[3:] for m in mine], alone)
+
+
+@pytest.mark.parametrize("max_side", [10, 5, 1])
+def test_psgd_whitens_the_gradient(max_side):
+    """Rows of any size: at P = E[g g^T]^(-1/2) all move alike."""
+    import torch
+    from experiments.peers import PSGDKron
+
+    left = torch.logspace(-0.4, 0.4, 8, dtype=torch.float64)
+    grads = [left[:, None] * z for z in gradients(700, 8, 5)]
+    w = parameter(8, 5)
+    optimizer = PSGDKron([w], lr=1.0, momentum=0.0, max_side=max_side)
+    late = torch.stack(displacements(optimizer, w, grads)[400:])
+    rows = late.square().mean((0, 2)).sqrt()
+    assert rows.min() > 0.6 and rows.max() < 1.6
+
+
+def test_muon_is_that_of_torch_up_to_its_bfloat16():
+    import torch
+    from experiments.peers import Muon
+
+    for shape in ((6, 4), (4, 6)):
+        grads, (w, twin) = gradients(3, *shape), (parameter(*shape) for _ in range(2))
+        options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+        theirs = displacements(torch.optim.Muon([twin], lr=1.0, **options), twin, grads)
+        mine = displacements(Muon([w], lr=1.0), w, grads)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0.02)
+
+
+def test_memory_of_the_state_counts_shared_memory_once():
+    import torch
+    from experiments.training import state_bytes
+
+    whole, other = torch.zeros(10), torch.zeros(3, dtype=torch.float64)
+    state = {"a": [whole[:4], {"b": whole[4:]}], "step": 3, "c": (other,)}
+    assert state_bytes(state) == 40 + 24
+
+
 # ---------------------------------------------------------------------- runs
+
+
+def test_weight_decay_is_that_of_adamw():
+    import torch
+    from experiments.methods import METHODS
+    from experiments.training import Run, Training
+
+    task = replace(short("regression", 20), weight_decay=0.3)
+    run = Run(task, METHODS["adam"], 0.1, seed=0)
+    mine = Training(task.build(0), run)
+    twin = Training(
+        replace(task, weight_decay=0.0).build(0), replace(run, task=short("regression", 20))
+    )
+    twin.optimizer = torch.optim.AdamW(twin.problem.model.parameters(), lr=0.1, weight_decay=0.3)
+    losses = [(mine.step(), twin.step()) for _ in range(20)]
+    assert all(a == pytest.approx(b, rel=1e-12) for a, b in losses)
+    assert task.definition() != short("regression", 20).definition()
 
 
 def test_schedule():
@@ -294,6 +475,25 @@ def test_a_report_says_who_wins(tmp_path):
     # What was not tuned does not win, and what was only tried has no losses on the test seeds.
     assert "| **untuned** | 0.01 (given) | 0.200 | 0.300 |" in text
     assert "**unit steps**" not in text and "\n| unit steps | 0.005: 1.050 | 1 |\n" in text
+
+
+def test_a_report_shows_what_a_block_size_costs(tmp_path):
+    from experiments import report
+    from experiments.ledger import Ledger
+    from experiments.methods import BLOCK_SIZES, METHODS, block_label
+
+    ledger = Ledger(tmp_path / "work.jsonl")
+    methods = [METHODS[f"block-{block_label(size)}"] for size in BLOCK_SIZES]
+    for offset, method in enumerate(methods):
+        mine = study(method.name, "transformer")
+        work_off(mine, ledger, lambda run, s=mine, o=offset: parabola(s.grid()[1])(run) + o)
+    written = report.write(ledger, [short("transformer")], methods, tmp_path, "a command")
+    assert sorted(path.name for path in written) == [
+        "convergence-blocks.png", "convergence.json", "convergence.md"
+    ]  # fmt: skip
+    text = written[1].read_text()
+    assert "| 32 | 0.004 | 1.000 | – | 250 | 2 |" in text
+    assert "| whole | 0.004 | 5.000 | – | 250 | 2 |" in text
 
 
 def test_the_horizon_that_counts_is_chosen_on_the_tuning_seed():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_problems import BF16, F64, Case
+from kernel_problems import BF16, F32, F64, Case
 from kernel_properties import (
     ALL,
     CASES,
@@ -35,6 +35,29 @@ from kernel_properties import (
     check_standing,
     check_swap_without_iterates,
 )
+from kronecker_arguments import Blocks
+from kronecker_properties import (
+    ACCUMULATE,
+    check_bases,
+    check_dropped_step,
+    check_extreme_gradient,
+    check_hopeless_factors,
+    check_inverse,
+    check_kronecker_case,
+    check_kronecker_rates,
+    check_kronecker_repeatable,
+    check_kronecker_scaling,
+    check_kronecker_standing,
+    check_new_directions,
+    check_options_of_apply,
+    check_passes_are_the_step,
+    check_with_pairs,
+)
+from kronecker_properties import CASES as BLOCKS
+from kronecker_properties import EXTREMES as EXTREME_BLOCKS
+from kronecker_properties import OPERATIONS as KRONECKER
+from kronecker_properties import STANDING as STANDING_BLOCKS
+from kronecker_properties import STEP as KRONECKER_STEP
 from problems import plain_adaqn, random_parameters
 
 from adaqn_cuda import ops
@@ -169,6 +192,90 @@ def test_overflow_bars_the_pair():
     check_overflow_bars_the_pair(NATIVE, "cuda")
 
 
+# ------------------------------------------------------------------ the Kronecker matrix
+
+
+LARGE_BLOCKS = {
+    "a large matrix": Blocks(shapes=((1000, 2500), (3001,)), beta=0.9),
+    "a large matrix in wide blocks": Blocks(shapes=((1000, 700),), block_size=128, beta=0.9),
+}
+
+
+@pytest.mark.parametrize("case", [*BLOCKS, *LARGE_BLOCKS])
+@pytest.mark.parametrize("operation", KRONECKER)
+def test_kronecker_operation_agrees_with_the_reference(operation, case):
+    check_kronecker_case(NATIVE, operation, {**BLOCKS, **LARGE_BLOCKS}[case], "cuda")
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "no factors"])
+def test_kronecker_apply(case):
+    check_options_of_apply(NATIVE, BLOCKS[case], "cuda")
+
+
+def test_kronecker_flags_behind_those_of_pairs():
+    check_with_pairs(NATIVE, "cuda")
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("operation", [ACCUMULATE, KRONECKER_STEP])
+def test_kronecker_gradient_scale(operation, maximize):
+    check_kronecker_scaling(NATIVE, operation, maximize, "cuda")
+
+
+def test_kronecker_rates_on_the_device():
+    check_kronecker_rates(NATIVE, "cuda")
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "first call", "an outlier"])
+@pytest.mark.parametrize("reason", ["nan", "inf", "-inf", "found_inf", "blank"])
+def test_dropped_kronecker_step_changes_nothing(reason, case):
+    check_dropped_step(NATIVE, reason, BLOCKS[case], "cuda")
+
+
+@pytest.mark.parametrize("case", STANDING_BLOCKS)
+@pytest.mark.parametrize("operation", [ACCUMULATE, KRONECKER_STEP])
+def test_blocks_without_a_gradient_stand_still(operation, case):
+    check_kronecker_standing(NATIVE, operation, STANDING_BLOCKS[case], "cuda")
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "full tiles in float64", "first call"])
+def test_accumulating_alone_is_what_the_step_does(case):
+    check_passes_are_the_step(NATIVE, BLOCKS[case], "cuda")
+
+
+@pytest.mark.parametrize("case", ["plain", "blocks", "full tiles", "wide"])
+def test_kronecker_inverse(case):
+    check_inverse(NATIVE, BLOCKS[case], "cuda")
+
+
+@pytest.mark.parametrize("side", [3, 64, 100, 256])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_bases_of_low_rank(dtype, rank, side):
+    check_bases(NATIVE, dtype, rank, side, "cuda")
+
+
+@pytest.mark.parametrize("side", [40, 64, 150])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_basis_that_knows_nothing_of_what_came(dtype, side):
+    check_new_directions(NATIVE, dtype, side, "cuda")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_hopeless_factors_keep_their_bases(value):
+    check_hopeless_factors(NATIVE, value, "cuda")
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "full tiles", "wide", "a large matrix"])
+def test_same_kronecker_bits_on_repetition(case):
+    check_kronecker_repeatable(NATIVE, NATIVE, {**BLOCKS, **LARGE_BLOCKS}[case], "cuda")
+
+
+@pytest.mark.parametrize("extreme", EXTREME_BLOCKS)
+def test_extreme_gradients_of_blocks(extreme):
+    check_extreme_gradient(NATIVE, extreme, "cuda")
+
+
 # ------------------------------------------------------------------ the optimizer on a GPU
 
 
@@ -199,13 +306,18 @@ OPTIONS = {
     ),
     "no history": dict(history_size=0, momentum=0.9, bias_correction=True),
 }
+#: Those whose steps depend on the number of the call.
+BLOCK_OPTIONS = {
+    "kronecker": dict(OPTIONS["everything"], init="kronecker", block_size=16),
+    "kronecker, no history": dict(OPTIONS["no history"], init="kronecker", block_size=16),
+}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *BLOCK_OPTIONS])
 def test_cpu_and_gpu_go_the_same_way(name):
     paths = []
     for device in ("cpu", "cuda"):
-        params, optimizer = make(device, **OPTIONS[name])
+        params, optimizer = make(device, **{**OPTIONS, **BLOCK_OPTIONS}[name])
         for p in params:
             p.data = p.data.to(F64)
         for step in range(30):
@@ -242,11 +354,14 @@ def no_synchronisation():
 
 @pytest.mark.parametrize(
     ("name", "monitored"),
-    [("plain", False), ("plain", True), ("everything", True), ("no history", False)],
+    [
+        *(("plain", False), ("plain", True), ("everything", True), ("no history", False)),
+        *(("kronecker", True), ("kronecker, no history", False)),
+    ],
 )
 def test_a_hundred_steps_never_wait(no_synchronisation, name, monitored):
     """Pair updates, resets and dropped steps among them."""
-    params, optimizer = make(max_increase=1.0, **OPTIONS[name])
+    params, optimizer = make(max_increase=1.0, **{**OPTIONS, **BLOCK_OPTIONS}[name])
     losses = [torch.tensor(x, device="cuda") for x in (1.0, 3.0, 0.9, 5.0)]
     if monitored:
         calls = iter(range(1000))
@@ -265,7 +380,7 @@ def test_a_hundred_steps_never_wait(no_synchronisation, name, monitored):
     torch.cuda.set_sync_debug_mode("default")
     stats = optimizer.stats()
     assert stats["steps_skipped"] >= 5
-    assert (stats["stored"] > 0) == (name != "no history")
+    assert (stats["stored"] > 0) == ("no history" not in name)
     assert (stats["resets"] > 0) == monitored
 
 
@@ -303,6 +418,25 @@ def test_captured_steps_replay_as_eager_ones(name):
                 optimizer.step()
         stats = optimizer.stats()
         assert (stats["stored"] > 1) == (name != "no history") and stats["steps_skipped"] == 1
+        results.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", BLOCK_OPTIONS)
+def test_captured_kronecker_steps_are_eager_ones(name):
+    """A graph for each of some calls, refreshes of bases among them."""
+    results = []
+    for captured in (False, True):
+        params, optimizer = make(**BLOCK_OPTIONS[name], factor_interval=4)
+        for step in range(24):
+            set_gradients(params, step)
+            if captured and step >= 12:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+                graph.replay()
+            else:
+                optimizer.step()
         results.append([p.detach().clone() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -36,7 +36,7 @@ def test_pieces_are_even_and_the_longer_ones_come_first(side, count):
 @pytest.mark.parametrize(
     ("side", "block_size", "expected"),
     [(7, 3, [3, 2, 2]), (8, 3, [3, 3, 2]), (9, 3, [3, 3, 3]), (3, 3, [3]), (4, 3, [2, 2]),
-     (3, 1, [1, 1, 1]), (129, 128, [65, 64])],
+     (5, 2, [2, 2, 1]), (129, 128, [65, 64])],
 )  # fmt: skip
 def test_sides_longer_than_the_block_size_are_cut_evenly(side, block_size, expected):
     p = plan([(side, 2), (2, side)], block_size=block_size)
@@ -77,8 +77,8 @@ def test_the_table_covers_every_element_once_and_in_order(problem):
         assert row[Column.START] == len(covered)
         covered += [row[Column.PARAM]] * (row[Column.ROWS] * row[Column.COLUMNS])
         for side, count in ((Column.ROWS, Column.ROW_PIECES), (Column.COLUMNS, 4)):
-            longest = block_size if block_size and len(shapes[row[Column.PARAM]]) > 1 else None
-            assert row[count] == (-(-row[side] // longest) if longest else 1)
+            cut = (block_size or 1) > 1 and len(shapes[row[Column.PARAM]]) > 1
+            assert row[count] == (-(-row[side] // block_size) if cut else 1)
     assert covered == owners
 
 
@@ -129,9 +129,9 @@ def test_sides_of_more_than_one_element_have_factors(problem):
     found = [[False, False] for _ in shapes]
     for row, sides in zip(p.table.tolist(), factored_sides(p), strict=True):
         shape = shapes[row[Column.PARAM]]
-        limit = min(block_size or 0, max_vector_dim)
-        wanted = block_size and (len(shape) > 1 or Size(shape).numel() <= limit)
-        assert sides == [bool(wanted and row[side] > 1) for side in (Column.ROWS, Column.COLUMNS)]
+        limit = min(block_size or 1, max_vector_dim)
+        wanted = (block_size or 1) > 1 and (len(shape) > 1 or Size(shape).numel() <= limit)
+        assert sides == [wanted and row[side] > 1 for side in (Column.ROWS, Column.COLUMNS)]
         for side in (0, 1):
             found[row[Column.PARAM]][side] |= sides[side]
     assert p.sides == [sum(sides) for sides in found]
@@ -159,8 +159,11 @@ def test_vectors_have_a_limit_of_their_own_below_that_of_matrices(
     assert p.table[:, Column.ROW_PIECES].eq(1).all()
 
 
-def test_without_a_block_size_a_parameter_is_one_row_without_factors():
-    p = plan([(6, 4), (3, 2, 2), (3,), (0, 2), ()], blocks=[[1, 5], 3, 1, 1, 1], block_size=None)
+@pytest.mark.parametrize("block_size", [None, 1])
+def test_without_a_block_size_a_parameter_is_one_row_without_factors(block_size):
+    """Pieces of one element would have factors that are the identity."""
+    shapes = [(6, 4), (3, 2, 2), (3,), (0, 2), ()]
+    p = plan(shapes, blocks=[[1, 5], 3, 1, 1, 1], block_size=block_size)
     assert p.table.tolist() == [
         [0, 24, 1, 1, 1, -1, -1, 0],
         [24, 12, 1, 1, 1, -1, -1, 1],

@@ -1,6 +1,7 @@
 """The methods: how each optimizer is made, where its lr is looked for, and where it runs.
 
-To add a setting of AdaQN, add a line to ``_OURS``.
+To add a setting of AdaQN, add a line to ``_OURS``; to add another optimizer, one to ``_BASELINES``
+or ``_PEERS``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from adaqn_cuda import PAPER, AdaQN, rnn_blocks
 
+from .peers import SOAP, Muon, PSGDKron, Shampoo
 from .problem import Problem
 from .scaled import RULES, Rescaled
 from .tasks import Task
@@ -24,7 +26,10 @@ POINTS, RATIO = 5, 2.5
 NEVER = 10**9
 
 #: lr that suits a task, over the one that suits the LSTM.
-TASK_FACTOR = {"tanh": 0.4, "irnn": 0.25, "transformer": 0.4, "tanh-512": 0.6, "lstm-512": 1.5}
+TASK_FACTOR = {
+    "tanh": 0.4, "irnn": 0.25, "transformer": 0.4, "transformer-256": 0.25, "transformer-512": 0.25,
+    "tanh-512": 0.6, "lstm-512": 1.5,
+}  # fmt: skip
 
 Make = Callable[[Problem, float, dict[str, Any]], Optimizer]
 
@@ -43,6 +48,7 @@ class Method:
         contender: whether it is also run over shorter horizons.
         lr: given where it is not to be tuned.
         trial: whether it is only looked at on the tuning seed.
+        points: of the lr grid to begin with.
         schedule: of lr on deterministic problems: ``"linear"`` or ``"constant"``.
         runs_on: says on which tasks it makes sense.
         closure: whether its step evaluates the loss itself.
@@ -56,6 +62,7 @@ class Method:
     contender: bool = False
     lr: float | None = None
     trial: bool = False
+    points: int = POINTS
     schedule: str = "linear"
     runs_on: Callable[[Task], bool] = field(default=lambda task: True)
     closure: bool = False
@@ -68,7 +75,17 @@ class Method:
         shifted = task.name not in self.centres and not self.trial  # trials share one grid
         factor = TASK_FACTOR.get(task.name, 1.0) if shifted else 1.0
         centre = factor * self.centres.get(task.name, self.centres.get(family, 0.01))
-        return [rounded(centre * RATIO ** (i - POINTS // 2)) for i in range(POINTS)]
+        return [rounded(centre * RATIO ** (i - self.points // 2)) for i in range(self.points)]
+
+    @property
+    def block_size(self) -> int | None:
+        """The point that it is on the curve over block sizes, if it is on that."""
+        return self.options.get("block_size")
+
+    @property
+    def timed(self) -> bool:
+        """Whether its step is worth timing."""
+        return not self.trial or self.block_size is not None
 
     def definition(self) -> dict[str, Any]:
         """All that a result depends on, as JSON."""
@@ -80,14 +97,37 @@ def rounded(lr: float) -> float:
     return float(f"{lr:.3g}")
 
 
-# ---------------------------------------------------------------------- first-order methods
+# ---------------------------------------------------------------------- options of the problem
+
+
+def _blocks(problem: Problem) -> dict[str, Any]:
+    return {"blocks": rnn_blocks(problem.model)}
+
+
+def _closure(problem: Problem) -> dict[str, Any]:
+    return {"curvature_closure": problem.again}
+
+
+#: Options that only the problem can give, by the name that stands under ``"from_problem"``.
+EXTRAS: dict[str, Callable[[Problem], dict[str, Any]]] = {"blocks": _blocks, "closure": _closure}
+
+
+def completed(options: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """``options`` with those of :data:`EXTRAS` that ``from_problem`` names, in its place."""
+    options = dict(options)
+    for name in options.pop("from_problem", ()):
+        options.update(EXTRAS[name](problem))
+    return options
+
+
+# ---------------------------------------------------------------------- other optimizers
 
 
 def plain(optimizer: type[Optimizer]) -> Make:
     """Builds ``optimizer`` over all parameters."""
 
     def make(problem: Problem, lr: float, options: dict[str, Any]) -> Optimizer:
-        return optimizer(problem.model.parameters(), lr=lr, **options)
+        return optimizer(problem.model.parameters(), lr=lr, **completed(options, problem))
 
     return make
 
@@ -102,6 +142,10 @@ class Together:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {p: entry for optimizer in self.optimizers for p, entry in optimizer.state.items()}
+
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -112,18 +156,17 @@ class Together:
 
 
 def muon(problem: Problem, lr: float, options: dict[str, Any]) -> Together:
-    """Muon for the matrices inside; AdamW, at the same lr, for the rest.
+    """Muon for the matrices inside; Adam, at the same lr, for the rest.
 
     The rest is what Muon's authors leave out: vectors, embeddings and the output layer of a
-    language model.  Muon's update is scaled to the size of AdamW's, so that one lr suits both.
+    language model.  Muon's update is scaled to the size of Adam's, so that one lr suits both.
     """
     inside, outside = [], []
     for name, p in problem.model.named_parameters():
         apart = p.ndim != 2 or name.split(".")[0] in ("embedding", "position", "output")
         (outside if apart else inside).append(p)
-    decay = {"weight_decay": options["weight_decay"]}
-    first = torch.optim.Muon(inside, lr=lr, **options)
-    return Together(first, torch.optim.AdamW(outside, lr=lr, **decay)) if outside else first
+    first = Muon(inside, lr=lr, **options)
+    return Together(first, torch.optim.Adam(outside, lr=lr)) if outside else first
 
 
 def has_matrices(task: Task) -> bool:
@@ -162,39 +205,47 @@ _BASELINES = [
     ),
 ]  # fmt: skip
 
-if hasattr(torch.optim, "Muon"):
-    _BASELINES.append(
-        Method(
-            "muon", muon, {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
-            {"language": 0.01, "regression": 0.25, "pinn": 0.01}, runs_on=has_matrices,
-        )
-    )  # fmt: skip
+#: Longest side with a factor: above all of the models' own, below a vocabulary of words, which has
+#: none in the papers either.
+_LONGEST = {"max_side": 2048}
+#: What AdaQN's default has: short memories, fresh bases, a factor for every gate.
+_OUR_SETTINGS = {"betas": [0.8, 0.98], "interval": 5, "from_problem": ["blocks"]}
+_SOAP_RATES = {"language": 0.01, "least-squares": 0.6, "regression": 0.6, "pinn": 0.0125}
+_SHAMPOO_RATES = {"language": 0.01, "least-squares": 0.24, "regression": 0.24, "pinn": 0.0125}
+
+_PEERS = [
+    Method(
+        "muon", muon, {"momentum": 0.95, "iterations": 5},
+        {"language": 0.01, "regression": 0.25, "pinn": 0.01}, runs_on=has_matrices,
+    ),
+    Method("soap", plain(SOAP), {"betas": [0.95, 0.95], "interval": 10, **_LONGEST}, _SOAP_RATES),
+    Method("soap, our settings", plain(SOAP), {**_OUR_SETTINGS, **_LONGEST}, _SOAP_RATES),
+    Method(
+        "psgd-kron", plain(PSGDKron), {"momentum": 0.9, "factor_lr": 0.1, **_LONGEST},
+        {"language": 0.02, "least-squares": 0.25, "regression": 0.1, "pinn": 0.01},
+    ),
+    Method(
+        "shampoo", plain(Shampoo), {"betas": [0.9, 0.999], "interval": 10, "max_side": 1024},
+        _SHAMPOO_RATES,
+    ),
+    Method(
+        "shampoo, our settings", plain(Shampoo), {**_OUR_SETTINGS, "max_side": 1024}, _SHAMPOO_RATES
+    ),
+]  # fmt: skip
+
+#: Names of the methods of AdaQN's kind.
+PEERS = tuple(method.name for method in _PEERS)
 
 # ---------------------------------------------------------------------- settings of AdaQN
-
-
-def _blocks(problem: Problem) -> dict[str, Any]:
-    return {"blocks": rnn_blocks(problem.model)}
-
-
-def _closure(problem: Problem) -> dict[str, Any]:
-    return {"curvature_closure": problem.again}
-
-
-#: Options that only the problem can give, by the name that stands under ``"from_problem"``.
-EXTRAS: dict[str, Callable[[Problem], dict[str, Any]]] = {"blocks": _blocks, "closure": _closure}
 
 
 def adaqn(problem: Problem, lr: float, options: dict[str, Any]) -> AdaQN:
     """AdaQN with ``options``.
 
-    Two of them are not its own: ``preset="PAPER"`` stands for the authors' setting, and
-    ``from_problem`` names those of :data:`EXTRAS` to add.
+    One of them is not its own: ``preset="PAPER"`` stands for the authors' setting.
     """
-    options = dict(options)
+    options = completed(options, problem)
     settings = dict(PAPER) if options.pop("preset", None) == "PAPER" else {}
-    for name in options.pop("from_problem", ()):
-        settings.update(EXTRAS[name](problem))
     settings.update(options, lr=lr)
     return AdaQN(problem.model.parameters(), **settings)
 
@@ -247,8 +298,11 @@ _OURS = [
 
 
 def is_tried(task: Task) -> bool:
-    """The tasks on which trials are made."""
-    return task.name in ("pinn", "tanh", "gru", "lstm", "transformer", "tanh-512", "lstm-512")
+    """The tasks on which steps of another length are tried."""
+    return task.name in (
+        "pinn", "tanh", "gru", "lstm", "transformer", "transformer-256", "transformer-512",
+        "tanh-512", "lstm-512",
+    )  # fmt: skip
 
 
 _RULE_RATES = {
@@ -265,4 +319,31 @@ _TRIALS = [
     for rule in RULES
 ]  # fmt: skip
 
-METHODS: dict[str, Method] = {method.name: method for method in (*_BASELINES, *_OURS, *_TRIALS)}
+#: Sides are cut into even blocks of at most so much; the last one is longer than any side.
+WHOLE = 2**16
+BLOCK_SIZES = (32, 64, 128, 256, WHOLE)
+
+
+def block_label(size: int) -> str:
+    return "whole" if size == WHOLE else str(size)
+
+
+def has_a_block_curve(task: Task) -> bool:
+    return task.name in (
+        "tanh", "gru", "lstm", "transformer", "transformer-256", "transformer-512"
+    )  # fmt: skip
+
+
+_BLOCK_RATES = {"language": 0.01, **{task: 0.01 * x for task, x in TASK_FACTOR.items()}}
+_BLOCK_CURVE = [
+    _ours(
+        f"block-{block_label(size)}",
+        {**_KRONECKER, **_NO_PAIRS, "block_size": size}, _BLOCK_RATES, trial=True, points=3,
+        runs_on=has_a_block_curve,
+    )
+    for size in BLOCK_SIZES
+]  # fmt: skip
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (*_BASELINES, *_PEERS, *_OURS, *_TRIALS, *_BLOCK_CURVE)
+}

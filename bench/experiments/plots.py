@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .results import Table
+from .methods import block_label
+from .results import Table, tuned_loss
 
 #: Colour and line of each method; Okabe & Ito's colours can be told apart without colour vision.
 STYLES: dict[str, tuple[str, str]] = {
@@ -23,35 +24,45 @@ STYLES: dict[str, tuple[str, str]] = {
     "adam": ("#0072b2", "-"),
     "nadam": ("#56b4e9", "-"),
     "rmsprop": ("#009e73", "-"),
-    "muon": ("#000000", "-"),
-    "lbfgs": ("#000000", "--"),
+    "soap, our settings": ("#000000", "-"),
+    "soap": ("#000000", "--"),
+    "shampoo, our settings": ("#8c510a", "-"),
+    "shampoo": ("#8c510a", "--"),
+    "psgd-kron": ("#9970ab", "-"),
+    "muon": ("#000000", ":"),
+    "lbfgs": ("#000000", "-."),
     "sgd": ("#999999", "-"),
     "adagrad": ("#999999", "--"),
 }
 OTHER = ("#f0e442", "-")
 #: Lines in a panel; those of most interest come first.
-LINES = 7
+LINES = 8
 SHOWN_LANGUAGE = (
-    "kronecker", "untuned", "kronecker+pairs", "muon", "adam", "nadam", "rmsprop",
-    "diagonal+pairs", "paper", "paper, pairs off", "sgd", "adagrad",
+    "kronecker", "soap, our settings", "soap", "psgd-kron", "shampoo", "muon", "adam", "nadam",
+    "untuned", "kronecker+pairs", "rmsprop", "shampoo, our settings", "diagonal+pairs", "paper",
+    "paper, pairs off", "sgd", "adagrad",
 )  # fmt: skip
 SHOWN_DETERMINISTIC = (
-    "quasi-newton", "kronecker", "lbfgs", "adam", "muon", "nadam", "rmsprop", "kronecker+pairs",
+    "quasi-newton", "kronecker", "lbfgs", "soap, our settings", "soap", "psgd-kron", "adam",
+    "muon", "nadam", "rmsprop", "shampoo", "kronecker+pairs", "shampoo, our settings",
     "diagonal+pairs", "paper, pairs off", "paper", "sgd", "adagrad",
 )  # fmt: skip
 
 
 def draw(results: dict[str, Table], folder: Path, name: str) -> list[Path]:
     """Draw what there is; the files written."""
-    language = {n: t for n, t in results.items() if t["stochastic"]}
-    deterministic = {n: t for n, t in results.items() if not t["stochastic"]}
+    tested = {n: t for n, t in results.items() if t["methods"]}
+    parts = {
+        "loss": (draw_curves, {n: t for n, t in tested.items() if t["stochastic"]}),
+        "lr": (draw_rates, tested),
+        "deterministic": (draw_curves, {n: t for n, t in tested.items() if not t["stochastic"]}),
+        "blocks": (draw_block_curves, {n: t for n, t in results.items() if t["blocks"]}),
+    }
     written = []
-    for tasks, suffix in ((language, "loss"), (deterministic, "deterministic")):
+    for suffix, (draw_part, tasks) in parts.items():
         if tasks:
             written.append(folder / f"{name}-{suffix}.png")
-            draw_curves(tasks, written[-1])
-    written.insert(1, folder / f"{name}-lr.png")
-    draw_rates(results, written[1])
+            draw_part(tasks, written[-1])
     return written
 
 
@@ -149,6 +160,41 @@ def zoom(ax: Any, task: Table, names: list[str]) -> None:
 def at_share(curve: list[Any], share: float) -> float:
     """Loss after ``share`` of the curve's steps."""
     return next(loss for step, loss in curve if step >= share * curve[-1][0])
+
+
+# ---------------------------------------------------------------------- loss, cost over block size
+
+
+def draw_block_curves(tasks: dict[str, Table], path: Path) -> None:
+    """Three panels for each task: loss, milliseconds of a step, and memory over the block size."""
+    figure, axes = sheet(3 * len(tasks), 3)
+    panels = iter(axes)
+    for name, task in tasks.items():
+        entries = list(task["blocks"].values())
+        timed = all(entry["ms"] is not None for entry in entries)
+        cost = "ms" if timed else "run_ms"
+        curves = {
+            axis_title(task): [tuned_loss(entry) for entry in entries],
+            "ms / step" if timed else "ms / step in the runs": [entry[cost] for entry in entries],
+            "state, MB": [entry["state_bytes"] / 1e6 for entry in entries],
+        }
+        labels = [block_label(entry["options"]["block_size"]) for entry in entries]
+        for title, values in curves.items():
+            draw_block_curve(next(panels), name, labels, title, values)
+    figure.savefig(path)
+
+
+def draw_block_curve(
+    ax: Any, name: str, labels: list[str], title: str, values: list[float]
+) -> None:
+    """A point for each block size, evenly spaced; losses that diverged are left out."""
+    colour, _ = STYLES["kronecker"]
+    values = [value if math.isfinite(value) else math.nan for value in values]
+    ax.plot(range(len(values)), values, color=colour, marker="o", markersize=3, linewidth=1.4)
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set_title(name, fontsize=9)
+    ax.set_xlabel("block size", fontsize=8)
+    ax.set_ylabel(title, fontsize=8)
 
 
 # ---------------------------------------------------------------------- loss over lr

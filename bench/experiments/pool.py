@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .ledger import Ledger, key_of
 from .methods import METHODS
 from .protocol import Study
-from .tasks import TASKS, TUNING_SEED, Texts
+from .tasks import TASKS, Texts
 from .training import Run, execute
 
 
@@ -112,8 +112,7 @@ class Pool:
 
     def _seconds(self, study: Study) -> float:
         """What runs of this study have taken, or are thought to take."""
-        lrs = study.tuning(self.ledger)
-        done = [study.find(self.ledger, study.run(lr, TUNING_SEED)) for lr in lrs]
+        done = [study.find(self.ledger, run) for run in study.tuning_runs(self.ledger)]
         return mean(record["seconds"] for record in done) if done else study.task.seconds
 
 

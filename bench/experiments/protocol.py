@@ -74,6 +74,10 @@ class Study:
             losses[further] = loss
         return dict(sorted(losses.items()))
 
+    def tuning_runs(self, ledger: Ledger) -> list[Run]:
+        """The runs behind :meth:`tuning`."""
+        return [self.run(lr, TUNING_SEED) for lr in self.tuning(ledger)]
+
     def further(self, losses: dict[float, float]) -> float | None:
         """The lr by which the grid must grow, if it is tuned at all."""
         return extension(self.grid(), losses) if self.method.lr is None else None

@@ -17,7 +17,7 @@ from adaqn_cuda.demo.numbers import write_json
 
 from . import plots
 from .ledger import Ledger
-from .methods import POINTS, RATIO, Method
+from .methods import PEERS, POINTS, RATIO, Method, block_label
 from .protocol import EXTENSIONS, SHORT_HORIZONS
 from .results import REFERENCES, Table, collect, tuned_loss
 from .tasks import TEST_SEEDS, TUNING_SEED, Task
@@ -61,10 +61,11 @@ def rounded(value: Any) -> Any:
 
 def text(results: dict[str, Table], pictures: list[str], command: str) -> str:
     """The report, in Markdown."""
-    parts = [introduction(results, command), summary(results)]
+    tested = {name: task for name, task in results.items() if task["methods"]}
+    parts = [introduction(results, command), *([summary(tested)] if tested else [])]
     parts += [f"![{CAPTIONS[name]}]({name})" for name in pictures]
-    parts += [rates(results)]
-    parts += [section(name, task) for name, task in results.items()]
+    parts += [*([rates(tested)] if tested else []), *block_curves(results)]
+    parts += [section(name, task) for name, task in tested.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,6 +73,7 @@ CAPTIONS = {
     f"{NAME}-loss.png": "Validation loss of the language models over steps and seconds",
     f"{NAME}-lr.png": "Loss over lr",
     f"{NAME}-deterministic.png": "Deterministic problems over gradients and seconds",
+    f"{NAME}-blocks.png": "Loss, milliseconds of a step and memory over the block size",
 }
 
 
@@ -94,7 +96,8 @@ def introduction(results: dict[str, Table], command: str) -> str:
         point, at most {EXTENSIONS} times each way ("edge" marks where it still ended there). That
         lr is then run on seeds {seeds}, which it was not tuned on, and those are the losses below.
         In language models lr warms up over the first 5 % of the steps and falls linearly to zero,
-        for all; nothing is stopped early.""",
+        for all; nothing is stopped early. Weight decay, on the tasks that have it, is decoupled and
+        the same for all, so that there `adam` is AdamW.""",
         f"""The target of a task is the mean loss of the best of {references}. "Steps" is how soon a
         method is as good, in percent of the full length, "wall" the same in percent of that best
         one's time, and a dash means never. The default setting of AdaQN (`kronecker`) is also run
@@ -102,6 +105,10 @@ def introduction(results: dict[str, Table], command: str) -> str:
         runs the shortest that was as good as the target on that seed counts, where it is there
         sooner than the full run. The others were not run over shorter horizons. `untuned` is that
         setting at the lr it has by default. {clock}""",
+        """`soap`, `psgd-kron`, `shampoo` and `muon` are written from their papers, to be read and
+        not to be fast: their losses can be compared, while their seconds are no measure of the
+        authors' own implementations. "Our settings" are the averages, the interval and the split
+        gates of AdaQN's default.""",
         f"Texts: {', '.join(texts) or 'none'}.",
     )
     return "\n\n".join(("# Convergence", *map(filled, paragraphs)))
@@ -147,7 +154,7 @@ def rates(results: dict[str, Table]) -> str:
     tasks = tried or {name: task for name, task in results.items() if name not in CONVEX}
     trials = list(dict.fromkeys(method for task in tried.values() for method in task["trials"]))
     rows = []
-    for method in (*REFERENCES, "muon", "kronecker", *trials):
+    for method in (*REFERENCES, *PEERS, "kronecker", *trials):
         mine = {n: {**t["methods"], **t["trials"]}.get(method) for n, t in tasks.items()}
         if any(mine.values()):
             cells = [rate_and_loss(tasks[n], e) if e else ABSENT for n, e in mine.items()]
@@ -156,6 +163,31 @@ def rates(results: dict[str, Table]) -> str:
     the largest of a row's lr over the smallest; points of a grid are a factor of {RATIO} apart."""
     parts = ["## Best lr", filled(note + (RESCALED if trials else ""))]
     return "\n\n".join([*parts, markdown(["method", *tasks, "spread"], rows)])
+
+
+def block_curves(results: dict[str, Table]) -> list[str]:
+    """The section on block sizes: a table for each task where they were tried."""
+    curves = {name: task for name, task in results.items() if task["blocks"]}
+    note = f"""The default of AdaQN with sides cut into even blocks of at most so much. Losses are
+    those at the best lr on the tuning seed {TUNING_SEED}. "Run" is what a step took in those runs,
+    on one thread, looks at the metric included; "state" is the memory of the optimizer."""
+    head = ["blocks of", "lr", "loss", "ms / step", "ms / step, run", "state, MB"]
+    parts = ["## Block size", filled(note)] if curves else []
+    for name, task in curves.items():
+        rows = [block_row(task, entry) for entry in task["blocks"].values()]
+        parts.append(f"{name}:\n\n{markdown(head, rows)}")
+    return parts
+
+
+def block_row(task: Table, entry: Table) -> list[str]:
+    return [
+        block_label(entry["options"]["block_size"]),
+        rate(entry),
+        number(task, tuned_loss(entry)),
+        milliseconds(entry),
+        f"{entry['run_ms']:.3g}",
+        f"{entry['state_bytes'] / 1e6:.3g}",
+    ]
 
 
 RESCALED = """ The methods below `kronecker` are that one with every tensor's step rescaled: `unit`,
@@ -205,17 +237,20 @@ def shorter(task: Table, name: str, entry: Table) -> str:
 
 def row(task: Table, name: str, entry: Table) -> list[str]:
     losses = [number(task, loss) for loss in entry["losses"]]
-    step = ABSENT if entry["ms"] is None else f"{entry['ms']:.3g} ± {entry['iqr'] / 2:.1g}"
     seconds = ABSENT if entry["seconds"] is None else f"{entry['seconds']:.3g}"
     return [
         f"**{name}**" if entry["ours"] else name,
         rate(entry),
         *losses,
-        step,
+        milliseconds(entry),
         seconds,
         percent(entry["steps_share"]),
         percent(entry["wall_share"]),
     ]
+
+
+def milliseconds(entry: Table) -> str:
+    return ABSENT if entry["ms"] is None else f"{entry['ms']:.3g} ± {entry['iqr'] / 2:.1g}"
 
 
 # ---------------------------------------------------------------------- words

@@ -27,16 +27,18 @@ Table = dict[str, Any]
 def collect(ledger: Ledger, tasks: Sequence[Task], methods: Sequence[Method]) -> dict[str, Table]:
     """Results by task; tasks without any finished method are left out."""
     found = {task.name: of_task(ledger, task, methods) for task in tasks}
-    return {name: table for name, table in found.items() if table["methods"]}
+    return {name: table for name, table in found.items() if table["methods"] or table["blocks"]}
 
 
 def of_task(ledger: Ledger, task: Task, methods: Sequence[Method]) -> Table:
     """Every method's losses and times on ``task``, and the target that all are held against."""
-    text, table, trials, unfinished = text_of(ledger, task), {}, {}, []
+    text, table, trials, blocks, unfinished = text_of(ledger, task), {}, {}, {}, []
     for method in (m for m in methods if m.runs_on(task)):
         study = Study(task, method, text)
         if not study.finished(ledger):
             unfinished.append(method.name)
+        elif method.block_size is not None:
+            blocks[method.name] = of_block_size(ledger, study)
         elif method.trial:
             trials[method.name] = of_tuning(ledger, study)
         else:
@@ -48,7 +50,7 @@ def of_task(ledger: Ledger, task: Task, methods: Sequence[Method]) -> Table:
     return {
         "title": task.title, "metric": task.metric, "stochastic": task.stochastic,
         "definition": task.definition(), "text": text and text["name"], "target": target,
-        "unfinished": unfinished, "methods": table, "trials": trials,
+        "unfinished": unfinished, "methods": table, "trials": trials, "blocks": blocks,
     }  # fmt: skip
 
 
@@ -67,6 +69,17 @@ def of_tuning(ledger: Ledger, study: Study) -> Table:
         "ours": study.method.ours, "options": study.method.definition(), "lr": lr,
         "tuned": study.method.lr is None, "edge": lr in (min(losses), max(losses)),
         "tuning": [list(p) for p in losses.items()],
+    }  # fmt: skip
+
+
+def of_block_size(ledger: Ledger, study: Study) -> Table:
+    """A point of the curve over block sizes: tuning on one seed, and what the runs cost."""
+    records = [study.find(ledger, run) for run in study.tuning_runs(ledger)]
+    steps = sum(record["evaluations"] for record in records)
+    return {
+        **of_tuning(ledger, study), "state_bytes": records[0]["state_bytes"],
+        "run_ms": 1000 * sum(record["seconds"] for record in records) / steps,
+        **timing_of(ledger, study),
     }  # fmt: skip
 
 
@@ -94,6 +107,7 @@ def of_method(ledger: Ledger, study: Study) -> Table:
         },
         "curves": {str(h): thinned(curve) for h, curve in curves.items()},
         "stats": records[1.0, TEST_SEEDS[0]]["stats"] if tests else None,
+        "state_bytes": records[1.0, TEST_SEEDS[0]].get("state_bytes") if tests else None,
         **timing_of(ledger, study),
     }  # fmt: skip
 

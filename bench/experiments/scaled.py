@@ -39,6 +39,10 @@ class Rescaled:
     def param_groups(self) -> list[dict]:
         return self.optimizer.param_groups
 
+    @property
+    def state(self) -> dict:
+        return self.optimizer.state
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 

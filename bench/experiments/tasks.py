@@ -27,6 +27,7 @@ class Task:
         seconds: what a run takes on one core, about.
         evaluations: looks at the metric during a run.
         clip: bound on the norm of the gradient.
+        weight_decay: decoupled, for every method.
         patience: steps on end with a far too large loss that end a run; without noise a loss may
             jump up and come back.
     """
@@ -39,6 +40,7 @@ class Task:
     seconds: float
     evaluations: int = 10
     clip: float | None = None
+    weight_decay: float = 0.0
     patience: int = 1
 
     @property
@@ -62,6 +64,7 @@ class Task:
             "name": self.name, "steps": self.steps, "clip": self.clip,
             "evaluations": self.evaluations, **self.options,
             **({"patience": self.patience} if self.patience > 1 else {}),
+            **({"weight_decay": self.weight_decay} if self.weight_decay else {}),
         }  # fmt: skip
 
 
@@ -84,10 +87,26 @@ class Texts:
 
 
 def _language(
-    name: str, title: str, steps: int, seconds: float, evaluations: int = 10, **options: Any
+    name: str,
+    title: str,
+    steps: int,
+    seconds: float,
+    evaluations: int = 10,
+    weight_decay: float = 0.0,
+    **options: Any,
 ) -> Task:
     options = {"level": "char", "batch": 32, "bptt": 35, "carry": True, **options}
-    return Task(name, title, LanguageModelling, options, steps, seconds, evaluations, clip=1.0)
+    return Task(
+        name,
+        title,
+        LanguageModelling,
+        options,
+        steps,
+        seconds,
+        evaluations,
+        clip=1.0,
+        weight_decay=weight_decay,
+    )
 
 
 #: Without noise: more looks at the metric, which is cheap, and a loss may jump up and come back.
@@ -116,6 +135,14 @@ _ALL = (
     _language(
         "transformer", "transformer, 2 layers of width 64", 250, 8,
         model="transformer", width=64, heads=4, layers=2, bptt=64, carry=False,
+    ),
+    _language(
+        "transformer-256", "transformer, 2 layers of width 256", 200, 90, evaluations=4,
+        weight_decay=0.1, model="transformer", width=256, heads=4, layers=2, bptt=64, carry=False,
+    ),
+    _language(
+        "transformer-512", "transformer, 2 layers of width 512", 120, 240, evaluations=4,
+        weight_decay=0.1, model="transformer", width=512, heads=8, layers=2, bptt=64, carry=False,
     ),
     _language(
         "tanh-512", "Elman network, 128 units, batch 512", 200, 9,

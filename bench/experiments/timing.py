@@ -46,7 +46,7 @@ def definition(task: Task, method: Method) -> dict[str, Any]:
 
 def measure(task: Task, methods: list[Method], ledger: Ledger, texts: Texts) -> None:
     """Time ``methods`` on ``task`` in rounds that take turns, and write the results down."""
-    clocks = [start(task, m, ledger, texts) for m in methods if not m.trial]
+    clocks = [start(task, m, ledger, texts) for m in methods if m.timed]
     for clock in tqdm(clocks, f"{task.name}: warming up", leave=False):
         clock.advance(max(WARM_UP, round(FILL * task.steps * clock.method.ours)))
     for _ in tqdm(range(ROUNDS), f"{task.name}: rounds", leave=False):

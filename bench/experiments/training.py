@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +78,19 @@ class Training:
         if self.run.method.closure:
             return float(self.optimizer.step(self._gradient))
         loss, repeats = self._gradient(), self.problem.repeats
+        self._decay_weights()
         self.optimizer.step()
         if not self.run.task.stochastic:  # elsewhere the budget is data, and a batch is read once
             self.done += self.problem.repeats - repeats
         return float(loss)
+
+    @torch.no_grad()
+    def _decay_weights(self) -> None:
+        """w = (1 - lr weight_decay) w, alike for every method; makes AdamW of Adam."""
+        decay = self.run.task.weight_decay
+        for group in self.optimizer.param_groups if decay else ():
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * decay)
 
     @torch.enable_grad()
     def _gradient(self) -> Tensor:
@@ -109,8 +119,25 @@ def execute(run: Run, path: str | None) -> dict[str, Any]:
         "training_loss": sum(recent) / len(recent),
         "curve": curve,
         "seconds": round(time.perf_counter() - began, 2),
+        "state_bytes": state_bytes(training.optimizer.state),
         "stats": stats,
     }
+
+
+def state_bytes(state: Any) -> int:
+    """Memory behind all tensors in ``state``, whatever contains them; shared memory counts once."""
+    found: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping | list | tuple):
+            for item in value.values() if isinstance(value, Mapping) else value:
+                look(item)
+
+    look(state)
+    return sum(found.values())
 
 
 def _train(training: Training) -> tuple[list[list[float]], list[float]]:

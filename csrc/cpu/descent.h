@@ -4,10 +4,32 @@
 #include <vector>
 
 #include "averages.h"
+#include "dispatch.h"
 #include "gradient.h"
 #include "rates.h"
 
 namespace adaqn::cpu {
+
+/// Elements first..last, with m and with v if they are there.  One loop for all that is done to
+/// them: the next elements come from memory while the square roots of these are taken.
+template <class T, class HasM, class HasV>
+inline void move_elements(const Momentum<T> momentum, const Diagonal<T> diagonal,
+                          const Advance<T> advance, int64_t first, int64_t last, const T* g, T* m,
+                          T* v, T* w, HasM, HasV) {
+#pragma omp simd
+  for (int64_t k = first; k < last; ++k) {
+    T p = g[k];
+    if constexpr (HasM::value) p = momentum.look_ahead(g[k], m[k]);
+    if constexpr (HasV::value) p /= diagonal.root(g[k], v[k]);
+    advance.move(p, w[k]);
+  }
+}
+
+/// The part of an array of the state from element `at` on; null if there is none.
+template <class T>
+inline T* part_of(void* array, int64_t at) {
+  return array == nullptr ? nullptr : static_cast<T*>(array) + at;
+}
 
 /// An accepted step, with flags as measured and counters as they are before it is counted.
 template <class T>
@@ -42,13 +64,22 @@ struct Descent {
 
   /// A block of at most kBlock elements; without an accumulator along q itself.
   void move_along_diagonal(int64_t at, int64_t n) const {
-    T g[kBlock], p[kBlock], w[kBlock];
-    load_gradient(gradient, clip, at, n, g);
-    form_q(g, at, n, p);
-    if (averages.accumulator != nullptr) scale_by_diagonal(averages, correction, g, p, at, n, p);
-    params.load(at, n, w);
-    descend(rates, 1, at, n, p, w);
-    params.store(at, n, w);
+    T gradient_block[kBlock], block[kBlock];
+    const T* g = view_gradient(gradient, clip, at, n, gradient_block);
+    T* m = part_of<T>(averages.momentum, at);
+    T* v = part_of<T>(averages.accumulator, at);
+    T* w = params.view(at, n, block);
+    const Momentum<T> momentum(look);
+    const Diagonal<T> diagonal(averages, correction);
+    for_rates(rates, at, n, [&](const Rates& own, int64_t first, int64_t last) {
+      const Advance<T> advance(own, 1);
+      with_flag(m != nullptr, [&](auto has_m) {
+        with_flag(v != nullptr, [&](auto has_v) {
+          move_elements(momentum, diagonal, advance, first, last, g, m, v, w, has_m, has_v);
+        });
+      });
+    });
+    if (w == block) params.store(at, n, w);
   }
 };
 

@@ -32,8 +32,8 @@ void pass1(ParallelFor parallel_for, const Pass1& a, T, R) {
   const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
     double* sums = partial.of(index);
     for_blocks(begin, end, [&](int64_t at, int64_t n) {
-      T g[kBlock];
-      load_gradient(a.gradient, T(1), at, n, g);
+      T block[kBlock];
+      const T* g = view_gradient(a.gradient, T(1), at, n, block);
       add_products(s, at, n, g, sums);
       add_flags(g, n, sums + ring.pairs);
     });
@@ -86,8 +86,8 @@ void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
   const auto chunk = [&](int64_t index, int64_t begin, int64_t end) {
     double* sums = partial.of(index);
     for_blocks(a.gradient.tensors, begin, end, [&](int64_t at, int64_t n, bool present) {
-      T g[kBlock], blended[kBlock], r[kBlock];
-      load_gradient(a.gradient, clip, at, n, g);
+      T block[kBlock], blended[kBlock], r[kBlock];
+      const T* g = view_gradient(a.gradient, clip, at, n, block);
       const T* q = averages.momentum != nullptr && present ? blended : g;
       if (q == blended) blend(averages, look, g, at, n, blended);
       std::copy_n(q, n, r);

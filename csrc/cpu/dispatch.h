@@ -1,5 +1,7 @@
-// From dtypes at run time to types at compile time.
+// From dtypes and flags at run time to types at compile time.
 #pragma once
+
+#include <type_traits>
 
 #include "number.h"
 
@@ -12,6 +14,16 @@ void with_vector_type(Dtype dtype, const Body& body) {
     body(double());
   } else {
     body(float());
+  }
+}
+
+/// Calls body with std::true_type or std::false_type.
+template <class Body>
+inline void with_flag(bool flag, const Body& body) {
+  if (flag) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
   }
 }
 

@@ -59,21 +59,47 @@ inline void load_gradient(const Gradient& gradient, T clip, const Rows& rows, T*
   }
 }
 
-/// Adds to the words of namespace flag.
+/// Elements at..at+n, where they are or in `block`.
+template <class T>
+inline const T* view_gradient(const Gradient& gradient, T clip, int64_t at, int64_t n, T* block) {
+  if (!gradient.scaled && !gradient.maximize && clip == 1) {
+    return gradient.tensors.view(at, n, block);
+  }
+  load_gradient(gradient, clip, at, n, block);
+  return block;
+}
+
+template <class T>
+inline double square(T x) {
+  const double wide = x;
+  return wide * wide;
+}
+
+/// Adds to the words of namespace flag.  Four sums side by side keep up with the memory; each
+/// addition of one has to wait for the one before.
 template <class T>
 inline void add_flags(const T* g, int64_t n, double* flags) {
+  const int64_t part = n / 4;
+  const T *g0 = g, *g1 = g + part, *g2 = g + 2 * part, *g3 = g + 3 * part;
   int32_t nonfinite = 0, nonzero = 0;
-  double square = 0;
-#pragma omp simd reduction(+ : nonfinite, nonzero, square)
-  for (int64_t k = 0; k < n; ++k) {
-    const double wide = g[k];
-    nonfinite += is_finite(g[k]) ? 0 : 1;
-    nonzero += g[k] != 0 ? 1 : 0;
-    square += wide * wide;
+  double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : nonfinite, nonzero, s0, s1, s2, s3)
+  for (int64_t k = 0; k < part; ++k) {
+    nonfinite += !is_finite(g0[k]) + !is_finite(g1[k]) + !is_finite(g2[k]) + !is_finite(g3[k]);
+    nonzero += (g0[k] != 0) + (g1[k] != 0) + (g2[k] != 0) + (g3[k] != 0);
+    s0 += square(g0[k]);
+    s1 += square(g1[k]);
+    s2 += square(g2[k]);
+    s3 += square(g3[k]);
+  }
+  for (int64_t k = 4 * part; k < n; ++k) {
+    nonfinite += !is_finite(g[k]);
+    nonzero += g[k] != 0;
+    s0 += square(g[k]);
   }
   flags[flag::nonfinite] += nonfinite;
   flags[flag::nonzero] += nonzero;
-  flags[flag::square] += square;
+  flags[flag::square] += s0 + s1 + s2 + s3;
 }
 
 }  // namespace adaqn::cpu

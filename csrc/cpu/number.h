@@ -8,6 +8,10 @@ namespace adaqn::cpu {
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 
+/// The dtype of arithmetic in T.
+template <class T>
+constexpr Dtype dtype_of = sizeof(T) == sizeof(double) ? Dtype::float64 : Dtype::float32;
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -25,6 +25,9 @@ struct Segment {
   Layout layout;
   int64_t start;
   int64_t end;
+
+  /// Whether there is an array of this dtype.
+  bool holds(Dtype wanted) const { return data != nullptr && contiguous && dtype == wanted; }
 };
 
 /// The memory offset of one element after the other.
@@ -185,6 +188,17 @@ class Scattered {
         store_elements<T, decltype(element)>(segment, first, rows.length, from + k * stride);
       }
     });
+  }
+
+  /// The same where they are, if one tensor holds them all, contiguous and as T; else in `block`.
+  template <class T>
+  T* view(int64_t begin, int64_t n, T* block) const {
+    const auto segment = find(begin);
+    if (begin + n <= segment->end && segment->holds(dtype_of<T>)) {
+      return static_cast<T*>(segment->data) + (begin - segment->start);
+    }
+    load(begin, n, block);
+    return block;
   }
 
  private:

@@ -81,6 +81,15 @@ struct Rates {
   const double *lr_tensor, *weight_decay_tensor;  // device memory
 };
 
+/// The Kronecker-factored initial matrix, with v in State::accumulator; see ../common/kronecker.h.
+struct Kronecker {
+  const int64_t* table;  // host memory, `matrices` rows
+  int64_t matrices;
+  void *factors, *bases;  // of State::type
+  double* square;         // the average |g|^2
+  int64_t call, interval;
+};
+
 /// Where to run.  `workspace` is device memory of `workspace_bytes`, with any content, that no
 /// other work on the device uses until this operation is done.
 struct Queue {
@@ -106,6 +115,20 @@ cudaError_t direction_pass3(const Parameters&, const State&, double beta, double
 /// A whole step without pairs: no slots, no sums of iterates, no direction.
 cudaError_t diagonal_step(const Parameters&, const State&, const Scaling&, const Averages&,
                           const Rates&, const Queue&);
+
+size_t workspace_bytes(const Parameters&, const State&, const Kronecker&);
+
+/// The gradient enters L, R, their bases, v and |g|^2, after pass 1.
+cudaError_t kronecker_accumulate(const Parameters&, const State&, const Kronecker&, const Scaling&,
+                                 const Averages&, const Queue&);
+
+/// direction = H0 direction, or with `inverse` H0^-1 direction; `pending` steps are not counted.
+cudaError_t kronecker_apply(const State&, const Kronecker&, const Averages&, int pending,
+                            bool inverse, const Queue&);
+
+/// A whole step without pairs: no slots, no sums of iterates, no direction.
+cudaError_t kronecker_step(const Parameters&, const State&, const Kronecker&, const Scaling&,
+                           const Averages&, const Rates&, const Queue&);
 
 /// `direction` takes the parameters set aside.
 cudaError_t iterate_swap(const Parameters&, const State&, const Queue&);

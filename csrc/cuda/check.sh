@@ -37,7 +37,7 @@ cat "$scratch"/*.log | c++filt | awk '
         sub(/.*entry function .(void )?/, "", kernel)
         gsub(/adaqn::cuda::|\(anonymous namespace\)::/, "", kernel)
         sub(/\(.*/, "", kernel)
-        sub(/, (64|1024)>/, ">", kernel)
+        sub(/, (32|64|256|1024)>/, ">", kernel)
         gsub(/__nv_bfloat16/, "bf16", kernel)
     }
     / registers/ { sub(/.*Used /, ""); print kernel "|" architecture "|" $1 }' |

@@ -9,6 +9,7 @@
 #include "../common/averages.h"
 #include "../common/recursion.h"
 #include "reduce.cuh"
+#include "shared.cuh"
 
 namespace adaqn::cuda {
 
@@ -21,34 +22,6 @@ __device__ __forceinline__ bool accepts_step(const State& state) {
 template <class T>
 __device__ __forceinline__ T share_of_one(int64_t count) {
   return T(1 / double(count > 1 ? count : 1));
-}
-
-/// Hands out consecutive parts of shared memory.
-class Carver {
- public:
-  __host__ __device__ explicit Carver(unsigned char* base) : at_(base), base_(base) {}
-
-  template <class U>
-  __host__ __device__ U* take(int64_t count) {
-    U* part = reinterpret_cast<U*>(at_);
-    at_ += (count * sizeof(U) + 15) / 16 * 16;
-    return part;
-  }
-  __host__ __device__ unsigned char* position() const { return at_; }
-  __host__ __device__ size_t bytes() const { return size_t(at_ - base_); }
-
- private:
-  unsigned char *at_, *base_;
-};
-
-/// A block's dynamic shared memory.
-__device__ __forceinline__ unsigned char* shared_memory() {
-#ifdef ADAQN_DYNAMIC_SHARED  // the host emulation brings its own
-  return ADAQN_DYNAMIC_SHARED();
-#else
-  extern __shared__ uint4 memory[];
-  return reinterpret_cast<unsigned char*>(memory);
-#endif
 }
 
 /// Numbers by which a step multiplies whole vectors, beside the coefficients of ring rows.

@@ -105,6 +105,15 @@ inline cudaError_t max_blocks(int* blocks) {
   return cudaSuccess;
 }
 
+/// The most shared memory that a block can be granted.
+inline cudaError_t max_shared_bytes(size_t* bytes) {
+  int device = 0, most = 0;
+  ADAQN_CUDA_TRY(cudaGetDevice(&device));
+  ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  *bytes = size_t(most);
+  return cudaSuccess;
+}
+
 /// Whether all blocks of a grid can run at the same time, as grid barriers need.
 template <class Kernel>
 cudaError_t runs_at_once(bool* result, Kernel* kernel, const Shape& shape) {

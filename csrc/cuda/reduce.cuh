@@ -26,6 +26,22 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
+/// The largest x of a block for vectors of T, the same in every thread; `memory` has a word per
+/// warp.  All threads of the block call it.
+template <class T>
+__device__ T block_max(T x, T* memory) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, x, mask);
+    x = other > x ? other : x;
+  }
+  __syncthreads();  // who still reads `memory`
+  if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = x;
+  __syncthreads();
+  for (int i = 0; i < kThreads<T> / 32; ++i) x = memory[i] > x ? memory[i] : x;
+  return x;
+}
+
 /// Adds up `memory`, where Sums put them, over the threads of a block for vectors of T, into rows
 /// 0..count-1 of `partials`.  All threads of the block call it.
 template <class T, class Sum>

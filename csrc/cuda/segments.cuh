@@ -42,6 +42,22 @@ __device__ __forceinline__ void with_type(Type type, Visitor visit) {
   visit(__half{});
 }
 
+/// Element i of a tensor of any type.
+template <class T>
+__device__ __forceinline__ T load_element(const void* data, Type type, int64_t i) {
+  T value{};
+  with_type(type,
+            [&](auto tag) { value = convert<T>(static_cast<const decltype(tag)*>(data)[i]); });
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ void store_element(void* data, Type type, int64_t i, T value) {
+  with_type(type, [&](auto tag) {
+    static_cast<decltype(tag)*>(data)[i] = convert<decltype(tag)>(value);
+  });
+}
+
 /// Finds the segment of an element; cheap while successive elements share one.
 template <int Capacity>
 class Cursor {

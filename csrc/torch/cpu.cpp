@@ -7,6 +7,7 @@
 #include "../cpu/iterate.h"
 #include "../cpu/kronecker.h"
 #include "arguments.h"
+#include "table.h"
 
 namespace adaqn {
 namespace {
@@ -427,98 +428,6 @@ int64_t worker_count() {
   return count;
 }
 
-/// The rows of `table`, which cover a flat vector of `size` elements.
-class Table {
- public:
-  Table(const Tensor& table, const Place& place, int64_t size)
-      : rows_(check_rows(table, kName, 0)) {
-    check_shape(table, kName, place, {rows_, entry::count});
-    check_dtype(table, kName, ScalarType::Long);
-    const auto* words = static_cast<const int64_t*>(table.mutable_data_ptr());
-    matrices_.reserve(static_cast<size_t>(rows_));
-    for (int64_t row = 0; row < rows_; ++row, words += entry::count) {
-      check_matrix(row, words, size);
-      matrices_.emplace_back(words);
-      check_factors(row, matrices_.back());
-    }
-    if (end_ != size) fail(kName, "expected matrices of ", size, " elements, got ", end_);
-  }
-
-  const cpu::KroneckerMatrices& matrices() const { return matrices_; }
-
-  /// Factors or bases.
-  void* squares_of(const Tensor& tensor, const Name& name, const Place& place, Dtype dtype) const {
-    return vector_of(tensor, name, place, squares_, dtype);
-  }
-
-  /// Every matrix lies within its parameter.
-  void check_params(const Tensors& params) const {
-    int64_t row = 0, start = 0;
-    for (size_t i = 0; i < params.size(); ++i) {
-      const int64_t end = start + params[i].numel();
-      for (; row < rows_ && matrix(row).start < end; ++row) {
-        check(row, entry::param, matrix(row).param, static_cast<int64_t>(i),
-              static_cast<int64_t>(i));
-        if (matrix(row).start + matrix(row).numel() > end) {
-          fail({"table", row}, "expected a matrix within params[", i, "], which ends at element ",
-               end);
-        }
-      }
-      start = end;
-    }
-  }
-
- private:
-  static constexpr Name kName{"table"};
-
-  const KroneckerMatrix& matrix(int64_t row) const { return matrices_[static_cast<size_t>(row)]; }
-
-  static void check(int64_t row, int word, int64_t value, int64_t least, int64_t most) {
-    static constexpr const char* meanings[] = {"start",         "rows", "columns", "row pieces",
-                                               "column pieces", "left", "right",   "parameter"};
-    if (value < least || value > most) {
-      fail({"table", row}, meanings[word], ": expected ", least, "..", most, ", got ", value);
-    }
-  }
-
-  void check_matrix(int64_t row, const int64_t* words, int64_t size) {
-    const int64_t rows = words[entry::rows], columns = words[entry::columns];
-    check(row, entry::start, words[entry::start], end_, end_);
-    check(row, entry::rows, rows, 1, size - end_);
-    check(row, entry::columns, columns, 1, (size - end_) / rows);
-    check(row, entry::row_pieces, words[entry::row_pieces], 1, rows);
-    check(row, entry::column_pieces, words[entry::column_pieces], 1, columns);
-    end_ += rows * columns;
-  }
-
-  void check_factors(int64_t row, const KroneckerMatrix& matrix) {
-    check_side(row, entry::left, matrix.left, matrix.rows);
-    check_side(row, entry::right, matrix.right, matrix.columns);
-  }
-
-  /// Squares without gaps, so that no two overlap.
-  void check_side(int64_t row, int word, int64_t offset, const Cut& cut) {
-    if (offset == -1) return;
-    check(row, word, offset, squares_, squares_);
-    constexpr int64_t longest = int64_t{1} << 24;  // of which the square is far from overflowing
-    if (cut.largest() > longest) {
-      fail({"table", row}, "expected factors of at most ", longest, " rows, got ", cut.largest());
-    }
-    squares_ += cut.squares(cut.pieces);
-  }
-
-  int64_t rows_;
-  cpu::KroneckerMatrices matrices_;
-  int64_t end_ = 0;      ///< of the matrices so far, in the flat vector
-  int64_t squares_ = 0;  ///< elements of their factors
-};
-
-KroneckerSchedule schedule_of(int64_t call, int64_t interval) {
-  if (call < 1) fail({"call"}, "expected at least 1, got ", call);
-  if (interval < 1) fail({"interval"}, "expected at least 1, got ", interval);
-  return {call, interval};
-}
-
 void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
                           const Tensor& projections, const Tensor& counters,
                           const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
@@ -529,7 +438,7 @@ void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, c
   const cpu::Gradient gradient =
       gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
   const int64_t size = gradient.tensors.size();
-  const Table matrices(table, place, size);
+  const Table matrices(table, size);
   matrices.check_params(params);
   const int64_t slots = projections.numel() - flag::count;
   if (slots < 0) fail({"projections"}, "expected at least ", int{flag::count}, " words");
@@ -537,8 +446,8 @@ void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, c
       parallel_for, {gradient, dtype, matrices.matrices(), schedule_of(call, interval),
                      averages_of(0, keep, 1 - keep, 0, false, {}, accumulator, place, size, dtype),
                      flags_of(projections, place, slots), counters_of(counters, place),
-                     matrices.squares_of(factors, {"factors"}, place, dtype),
-                     matrices.squares_of(bases, {"bases"}, place, dtype),
+                     vector_of(factors, {"factors"}, place, matrices.squares(), dtype),
+                     vector_of(bases, {"bases"}, place, matrices.squares(), dtype),
                      doubles_of(square, {"square"}, place, {1}), worker_count()});
 }
 
@@ -548,14 +457,14 @@ void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& 
   const Place place(x);
   const Dtype dtype = vector_dtype(x, {"x"});
   const int64_t size = x.numel();
-  const Table matrices(table, place, size);
+  const Table matrices(table, size);
   if (pending < 0 || pending > 1) fail({"pending"}, "expected 0 or 1, got ", pending);
-  cpu::kronecker_apply(
-      parallel_for,
-      {dtype, matrices.matrices(), counters_of(counters, place),
-       averages_of(0, keep, 1 - keep, eps, correct_bias, {}, accumulator, place, size, dtype),
-       static_cast<int>(pending), inverse, matrices.squares_of(bases, {"bases"}, place, dtype),
-       vector_of(x, {"x"}, place, size, dtype), worker_count()});
+  cpu::kronecker_apply(parallel_for, {dtype, matrices.matrices(), counters_of(counters, place),
+                                      averages_of(0, keep, 1 - keep, eps, correct_bias, {},
+                                                  accumulator, place, size, dtype),
+                                      static_cast<int>(pending), inverse,
+                                      vector_of(bases, {"bases"}, place, matrices.squares(), dtype),
+                                      vector_of(x, {"x"}, place, size, dtype), worker_count()});
 }
 
 void kronecker_step(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
@@ -573,7 +482,7 @@ void kronecker_step(const Tensors& params, const OptionalTensors& grads, const T
   cpu::Gradient gradient = gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
   const auto rates =
       rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
-  const Table matrices(table, place, vector.size());
+  const Table matrices(table, vector.size());
   matrices.check_params(params);
   int64_t* words = counters_of(counters, place);
   check_gradient_words(words, 1);
@@ -583,8 +492,8 @@ void kronecker_step(const Tensors& params, const OptionalTensors& grads, const T
        schedule_of(call, interval),
        averages_of(beta, keep, 1 - keep, eps, correct_bias, momentum, accumulator, place,
                    vector.size(), dtype),
-       rates, matrices.squares_of(factors, {"factors"}, place, dtype),
-       matrices.squares_of(bases, {"bases"}, place, dtype),
+       rates, vector_of(factors, {"factors"}, place, matrices.squares(), dtype),
+       vector_of(bases, {"bases"}, place, matrices.squares(), dtype),
        doubles_of(square, {"square"}, place, {1}),
        doubles_of(projections, {"projections"}, place, {flag::count}), words, worker_count()});
 }

@@ -3,8 +3,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
+
 #include "../cuda/adaqn_cuda.h"
 #include "arguments.h"
+#include "table.h"
 
 // Weak, because one library serves torch with and without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -35,12 +38,19 @@ class OnDevice {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  /// Calls enqueue(queue) with a workspace from torch's allocator, which orders it by stream.
   template <class Enqueue>
   void run(const char* operation, const Parameters& list, const State& state, const Tensor& like,
            Enqueue enqueue) const {
-    const int64_t words = static_cast<int64_t>(workspace_bytes(list, state) / sizeof(double));
-    const Tensor workspace = torch::stable::new_empty(like, {words}, ScalarType::Double);
+    run(operation, workspace_bytes(list, state), like, enqueue);
+  }
+
+  /// Calls enqueue(queue) with a workspace from torch's allocator, which orders it by stream.
+  template <class Enqueue>
+  void run(const char* operation, size_t workspace_bytes, const Tensor& like,
+           Enqueue enqueue) const {
+    const size_t size = sizeof(double), words = (workspace_bytes + size - 1) / size;
+    const Tensor workspace =
+        torch::stable::new_empty(like, {static_cast<int64_t>(words)}, ScalarType::Double);
     const Queue queue{stream_, static_cast<double*>(workspace.mutable_data_ptr())};
     check_cuda(enqueue(queue), operation);
   }
@@ -93,7 +103,11 @@ class StateBuilder {
   }
 
   void* vector(const Tensor& tensor, const Name& name) const {
-    check_shape(tensor, name, place_, {state_.numel});
+    return vector(tensor, name, state_.numel);
+  }
+
+  void* vector(const Tensor& tensor, const Name& name, int64_t numel) const {
+    check_shape(tensor, name, place_, {numel});
     check_dtype(tensor, name, scalar_type(state_.type));
     return tensor.mutable_data_ptr();
   }
@@ -475,6 +489,115 @@ void diagonal_step(const Tensors& params, const OptionalTensors& grads,
   list.write_back();
 }
 
+// ---------------------------------------------------------------- the Kronecker matrix
+
+/// What kernels count in int32.
+void check_sizes(const Table& table) {
+  constexpr int64_t longest_piece = 46340;  // of which the square is an int32
+  constexpr int64_t longest_side = std::numeric_limits<int32_t>::max();
+  int64_t row = 0;
+  for (const KroneckerMatrix& matrix : table.matrices()) {
+    const Name name{"table", row++};
+    if (!matrix.factored()) continue;
+    const int64_t longest = std::max(matrix.rows.largest(), matrix.columns.largest());
+    if (longest > longest_piece) {
+      fail(name, "expected pieces of at most ", longest_piece, " on a CUDA device, got ", longest);
+    }
+    if (std::max(matrix.rows.length, matrix.columns.length) > longest_side) {
+      fail(name, "expected sides of at most ", longest_side, " on a CUDA device");
+    }
+  }
+}
+
+/// Checked pointers of the matrix; `factors` and `square` where an operation has them.
+cuda::Kronecker kronecker_of(const Table& table, const StateBuilder& builder, const Tensor* factors,
+                             const Tensor& bases, const Tensor* square,
+                             const KroneckerSchedule& schedule) {
+  check_sizes(table);
+  cuda::Kronecker kronecker{};
+  kronecker.table = table.words();
+  kronecker.matrices = static_cast<int64_t>(table.matrices().size());
+  kronecker.bases = builder.vector(bases, {"bases"}, table.squares());
+  if (factors) kronecker.factors = builder.vector(*factors, {"factors"}, table.squares());
+  if (square) kronecker.square = builder.doubles(*square, {"square"}, {1});
+  kronecker.call = schedule.call;
+  kronecker.interval = schedule.interval;
+  return kronecker;
+}
+
+void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
+                          const Tensor& projections, const Tensor& counters,
+                          const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
+                          double keep, int64_t call, int64_t interval, const Tensor& accumulator,
+                          const Tensor& factors, const Tensor& bases, const Tensor& square) {
+  const OnDevice device(accumulator);
+  const Place place(accumulator);
+  const List list(params, &grads, nullptr, place);
+  list.check_size(accumulator.numel());
+  const Table matrices(table, list.numel());
+  matrices.check_params(params);
+  StateBuilder builder = state_like(accumulator, {"accumulator"}, place);
+  builder.slots(projections.numel() - flag::count).projections(projections).counters(counters);
+  builder.accumulator(accumulator);
+  const State state = *builder;
+  const auto kronecker =
+      kronecker_of(matrices, builder, &factors, bases, &square, schedule_of(call, interval));
+  const auto scaling = scaling_of(grad_scale, std::nullopt, maximize, max_grad_norm, place);
+  device.run("kronecker_accumulate", workspace_bytes(list.parameters(), state, kronecker), counters,
+             [&](const Queue& queue) {
+               return cuda::kronecker_accumulate(list.parameters(), state, kronecker, scaling,
+                                                 {0, keep, 1 - keep, 0, false}, queue);
+             });
+}
+
+void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& accumulator,
+                     const Tensor& bases, double keep, double eps, bool correct_bias,
+                     int64_t pending, bool inverse, const Tensor& x) {
+  const OnDevice device(x);
+  const Place place(x);
+  const Table matrices(table, x.numel());
+  if (pending < 0 || pending > 1) fail({"pending"}, "expected 0 or 1, got ", pending);
+  StateBuilder builder = state_like(x, {"x"}, place);
+  builder.counters(counters).accumulator(accumulator).direction(x, {"x"});
+  const State state = *builder;
+  const auto kronecker = kronecker_of(matrices, builder, nullptr, bases, nullptr, {1, 1});
+  device.run(
+      "kronecker_apply", workspace_bytes({}, state, kronecker), counters, [&](const Queue& queue) {
+        return cuda::kronecker_apply(state, kronecker, {0, keep, 1 - keep, eps, correct_bias},
+                                     static_cast<int>(pending), inverse, queue);
+      });
+}
+
+void kronecker_step(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
+                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                    bool maximize, double max_grad_norm, double beta, double keep, double eps,
+                    bool correct_bias, int64_t call, int64_t interval,
+                    const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                    const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                    const OptionalTensor& weight_decay_tensor, const OptionalTensor& momentum,
+                    const Tensor& accumulator, const Tensor& factors, const Tensor& bases,
+                    const Tensor& square, const Tensor& projections, const Tensor& counters) {
+  const OnDevice device(accumulator);
+  const Place place(accumulator);
+  List list(params, &grads, &group_sizes, place);
+  list.check_size(accumulator.numel());
+  const Table matrices(table, list.numel());
+  matrices.check_params(params);
+  StateBuilder builder = state_like(accumulator, {"accumulator"}, place);
+  builder.projections(projections).counters(counters).accumulator(accumulator).momentum(momentum);
+  const State state = *builder;
+  const auto kronecker =
+      kronecker_of(matrices, builder, &factors, bases, &square, schedule_of(call, interval));
+  const auto scaling = scaling_of(grad_scale, found_inf, maximize, max_grad_norm, place);
+  const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
+  device.run("kronecker_step", workspace_bytes(list.parameters(), state, kronecker), counters,
+             [&](const Queue& queue) {
+               return cuda::kronecker_step(list.parameters(), state, kronecker, scaling,
+                                           {beta, keep, 1 - keep, eps, correct_bias}, rates, queue);
+             });
+  list.write_back();
+}
+
 // ---------------------------------------------------------------- the averaged iterate
 
 void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor& projections,
@@ -573,6 +696,9 @@ STABLE_TORCH_LIBRARY_IMPL(adaqn, CUDA, m) {
   m.impl("direction_images", TORCH_BOX(&adaqn::direction_images));
   m.impl("direction_pass3", TORCH_BOX(&adaqn::direction_pass3));
   m.impl("diagonal_step", TORCH_BOX(&adaqn::diagonal_step));
+  m.impl("kronecker_accumulate", TORCH_BOX(&adaqn::kronecker_accumulate));
+  m.impl("kronecker_apply", TORCH_BOX(&adaqn::kronecker_apply));
+  m.impl("kronecker_step", TORCH_BOX(&adaqn::kronecker_step));
   m.impl("iterate_swap", TORCH_BOX(&adaqn::iterate_swap));
   m.impl("iterate_restore", TORCH_BOX(&adaqn::iterate_restore));
   m.impl("curvature_pass_a", TORCH_BOX(&adaqn::curvature_pass_a));

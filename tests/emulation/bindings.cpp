@@ -77,8 +77,8 @@ State state_of(const py::dict& d) {
 /// A workspace of exactly the size asked for, full of NaN, whose overrun is an error.
 class Workspace {
  public:
-  Workspace(const Parameters& list, const State& state)
-      : words_(workspace_bytes(list, state) / sizeof(double) + kGuard, kNan) {}
+  explicit Workspace(size_t bytes)
+      : words_((bytes + sizeof(double) - 1) / sizeof(double) + kGuard, kNan) {}
   Queue queue() { return {nullptr, words_.data()}; }
   void check(cudaError_t error) const {
     if (error != cudaSuccess) throw std::runtime_error("CUDA error " + std::to_string(error));
@@ -97,6 +97,8 @@ using Rows = std::vector<Row>;
 using Values = std::vector<double>;
 using ScalingRow = std::tuple<uintptr_t, uintptr_t, bool, double>;
 using AveragesRow = std::tuple<double, double, double, double, bool>;
+using KroneckerRow =
+    std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
 using RatesRow = std::tuple<Values, Values, uintptr_t, uintptr_t>;
 
 Scaling scaling_of(const ScalingRow& row) {
@@ -114,21 +116,44 @@ Rates rates_of(const RatesRow& row) {
   return {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)};
 }
 
+Kronecker kronecker_of(const KroneckerRow& row) {
+  const auto& [table, matrices, factors, bases, square, call, interval] = row;
+  return {pointer<int64_t>(table),
+          matrices,
+          pointer<void>(factors),
+          pointer<void>(bases),
+          pointer<double>(square),
+          call,
+          interval};
+}
+
 /// Runs operation(list, state, queue).
 template <class Operation>
 void run(const std::vector<Row>& rows, const py::dict& d, Operation operation) {
   const List list(rows);
   const State state = state_of(d);
-  Workspace workspace(list, state);
+  Workspace workspace(workspace_bytes(list, state));
   workspace.check(operation(list, state, workspace.queue()));
+}
+
+/// Runs operation(list, state, kronecker, queue).
+template <class Operation>
+void run(const std::vector<Row>& rows, const py::dict& d, const KroneckerRow& row,
+         Operation operation) {
+  const List list(rows);
+  const State state = state_of(d);
+  const Kronecker kronecker = kronecker_of(row);
+  Workspace workspace(workspace_bytes(list, state, kronecker));
+  workspace.check(operation(list, state, kronecker, workspace.queue()));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(adaqn_cuda_emulated, m) {
-  m.def("configure", [](int multiprocessors, int blocks, bool reverse_order) {
+  m.def("configure", [](int multiprocessors, int blocks, int shared_bytes, bool reverse_order) {
     emulation::multiprocessors = multiprocessors;
     emulation::blocks_per_multiprocessor = blocks;
+    emulation::shared_bytes = shared_bytes;
     emulation::reverse_order = reverse_order;
   });
   m.def("launches", [] { return emulation::launches; });
@@ -170,6 +195,31 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
                            queue);
     });
   });
+  m.def("kronecker_accumulate",
+        [](const Rows& rows, const py::dict& state, const KroneckerRow& kronecker,
+           const ScalingRow& scaling, const AveragesRow& averages) {
+          run(rows, state, kronecker,
+              [&](const Parameters& list, const State& s, const Kronecker& k, const Queue& queue) {
+                return kronecker_accumulate(list, s, k, scaling_of(scaling), averages_of(averages),
+                                            queue);
+              });
+        });
+  m.def("kronecker_apply", [](const py::dict& state, const KroneckerRow& kronecker,
+                              const AveragesRow& averages, int pending, bool inverse) {
+    run({}, state, kronecker,
+        [&](const Parameters&, const State& s, const Kronecker& k, const Queue& queue) {
+          return kronecker_apply(s, k, averages_of(averages), pending, inverse, queue);
+        });
+  });
+  m.def("kronecker_step",
+        [](const Rows& rows, const py::dict& state, const KroneckerRow& kronecker,
+           const ScalingRow& scaling, const AveragesRow& averages, const RatesRow& rates) {
+          run(rows, state, kronecker,
+              [&](const Parameters& list, const State& s, const Kronecker& k, const Queue& queue) {
+                return kronecker_step(list, s, k, scaling_of(scaling), averages_of(averages),
+                                      rates_of(rates), queue);
+              });
+        });
   m.def("iterate_swap",
         [](const Rows& rows, const py::dict& state) { run(rows, state, iterate_swap); });
   m.def("iterate_restore",

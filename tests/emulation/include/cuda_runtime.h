@@ -59,7 +59,8 @@ constexpr unsigned char kFill = 0xff;  // NaN in every floating-point format
 // The simulated device; tests change it.
 inline int multiprocessors = 2;
 inline int blocks_per_multiprocessor = 2;
-inline bool reverse_order = false;  // of the threads between two barriers, and of the blocks
+inline int shared_bytes = 227 << 10;  // that a block can be granted
+inline bool reverse_order = false;    // of the threads between two barriers, and of the blocks
 inline long launches = 0;
 
 struct Barrier {
@@ -258,6 +259,7 @@ enum cudaError_t {
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrCooperativeLaunch,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
@@ -285,7 +287,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessors : 1;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? emulation::multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::shared_bytes
+                                                                  : 1;
   return cudaSuccess;
 }
 
@@ -304,6 +308,9 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   if (!config->gridDim.x || !config->gridDim.y) return cudaErrorInvalidConfiguration;
+  if (config->dynamicSmemBytes > size_t(emulation::shared_bytes)) {
+    return cudaErrorInvalidConfiguration;
+  }
   std::tuple<std::decay_t<Parameters>...> values(arguments...);
   emulation::body = [&] { std::apply(kernel, values); };
   bool cooperative = config->numAttrs && config->attrs->val.cooperative;
