@@ -138,11 +138,6 @@ class Call:
         self.kronecker = self.a.table is not None
         self.due = self.has_pairs and self.number % self.common["update_interval"] == 0
 
-    @property
-    def has_products(self) -> bool:
-        """Whether torch multiplies matrices, whatever the backend."""
-        return self.has_pairs or self.kronecker
-
     def run(self, hold: Hold, finish: Callable[[], None]) -> None:
         """Step, update the pairs if it is time, then ``finish``."""
         moments = before = self.a.moments
