@@ -572,7 +572,7 @@ class AdaQN(Optimizer):
         call = Call(
             backend.ops, owners, params, grads, state, settings, hooks, number, anew, atomic
         )
-        by_torch = not atomic or call.has_pairs  # with pairs, torch multiplies whatever the backend
+        by_torch = not atomic or call.has_pairs
 
         def finish() -> None:
             # Native kernels write behind autograd's back; a graph that saved a parameter must know.
