@@ -69,9 +69,11 @@ class AdaQN(Optimizer):
     The state takes, in numbers of 4 bytes per parameter (8 if a parameter is float64): 1 for
     :math:`v`, 1 for the momentum, and with pairs :math:`3 + 2 (\text{history\_size} + 1) +
     \text{fisher\_size}` more (1 for the latter where :math:`y` does not come from the Fisher
-    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds :math:`2 b (1/m +
-    1/n)` for a matrix of m x n and blocks of b: 0.7 for 768 x 768, at most 4. ``repr(optimizer)``
-    tells the bytes, and how much of the model has factors, before they are allocated.
+    product, and 2 more with ``curvature="gradients"``). ``"kronecker"`` adds
+    :math:`2 (\min(b, m)/n + \min(b, n)/m)` for a matrix of m x n and blocks of b: 0.7 for 768 x
+    768, and at most 4 unless a side is shorter than b and than the other one: 64 for 768 x 4, 128
+    for a vector of 64. ``repr(optimizer)`` tells the bytes, and how much of the model has factors,
+    before they are allocated.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups.

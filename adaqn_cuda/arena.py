@@ -23,6 +23,9 @@ FACTORED = ("factors", "bases")
 ROW_BYTES = 16
 #: Buffers that belong to the optimizer as a whole.  Checkpoints hold these and views of the above.
 SHARED = ("gram", "moments", "losses", "counters", "calls", "square")
+#: Those that state may lack which is continued: momentum was zero, and has been raised since, or
+#: the first parameter with factors has joined.  They begin at zero.
+LATER = ("momentum", "square")
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -256,8 +259,9 @@ class Arena(Buffers):
         """
         own, start = self.views(), 0
         joining = any(not entry for entry in entries)
-        for name in own[0].keys() & set(SHARED):
-            own[0][name].copy_(next(entry for entry in entries if entry)[name])
+        first = next(entry for entry in entries if entry)
+        for name in own[0].keys() & first.keys() & set(SHARED):
+            own[0][name].copy_(first[name])
         if self.momentum is not None and not any("momentum" in entry for entry in entries):
             self.moments.zero_()
         for p, mine, theirs in zip(self.params, own, entries, strict=True):
@@ -278,7 +282,7 @@ class Arena(Buffers):
         for index, (mine, theirs) in enumerate(zip(self.views(), entries, strict=True)):
             for name, tensor in mine.items() if theirs or complete else ():
                 found = theirs.get(name)
-                if name == "momentum" and found is None:  # it was zero, and has been raised since
+                if name in LATER and found is None:
                     continue
                 if not isinstance(found, Tensor) or found.shape != tensor.shape:
                     shape = tuple(found.shape) if isinstance(found, Tensor) else found

@@ -672,6 +672,22 @@ def test_group_added_during_training(name, fused):
     assert not torch.equal(entry["bases"], optimizer.state[new[0]]["bases"])
 
 
+@both_backends
+@pytest.mark.parametrize("init", ["kronecker", "rmsprop"])
+def test_first_parameter_with_factors_joins_during_training(init, fused):
+    """The average of |g|^2, which only factors need, begins with it."""
+    (old,), (new,) = random_parameters([(100,)]), random_parameters([(4, 3)])
+    optimizer = AdaQN([{"params": [old], "init": init}], fused=fused)
+    set_gradients([old], 0)
+    optimizer.step()
+    assert "square" not in optimizer.state[old]
+    optimizer.add_param_group({"params": [new], "init": "kronecker"})
+    assert optimizer.state[new]["square"] == 0 and optimizer.state[old]["counters"].any()
+    set_gradients([old, new], 1)
+    optimizer.step()
+    assert optimizer.state[new]["square"] > 0 and optimizer.state[new]["factors"].any()
+
+
 def test_failed_add_param_group_changes_nothing():
     params = parameters()
     optimizer = factored(params, **ALONE)

@@ -53,15 +53,6 @@ struct Descent {
         correction(
             static_cast<T>(bias_correction(counters, averages_.keep, averages_.correct_bias))) {}
 
-  /// Momentum takes in g; q is what is descended along.
-  void form_q(const T* g, int64_t at, int64_t n, T* q) const {
-    if (averages.momentum != nullptr) {
-      blend(averages, look, g, at, n, q);
-    } else {
-      std::copy_n(g, n, q);
-    }
-  }
-
   /// A block of at most kBlock elements; without an accumulator along q itself.
   void move_along_diagonal(int64_t at, int64_t n) const {
     T gradient_block[kBlock], block[kBlock];
