@@ -120,11 +120,11 @@ class AdaQN(Optimizer):
             :func:`torch.nn.utils.clip_grad_norm_`; infinity turns it off (default: inf).
         block_size (int, optional): sides of a matrix longer than this are cut into even pieces in
             ``"kronecker"``, each with a factor of its own. Larger is closer to the whole factors,
-            and dearer: a step takes about 12 ``block_size`` operations per parameter, and on a GPU
-            blocks of up to 64 are fastest (default: 128).
-        max_vector_dim (int, optional): vectors longer than this, or than ``block_size``, get no
-            factor, which is their whole covariance. A complex vector counts as a matrix of two
-            columns (default: 64).
+            and dearer: a step takes about 7 ``block_size`` multiply-adds per parameter
+            (default: 128).
+        max_vector_dim (int, optional): vectors, and matrices of one row or column, have their whole
+            covariance as a factor, but none if they are longer than this or than ``block_size``. A
+            complex vector counts as a matrix of two columns (default: 64).
         factor_interval (int, optional): calls of :meth:`step` between two updates of an eigenbasis.
             Bases take their turns, so that all calls but the first cost alike (default: 5).
         blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
@@ -146,7 +146,10 @@ class AdaQN(Optimizer):
             insists on them, ``False`` takes the PyTorch reference (default: ``None``).
         foreach (bool, optional): accepted for compatibility; has no effect (default: ``None``).
         capturable (bool, optional): accepted for compatibility; every step is free of host
-            synchronisation (default: ``True``).
+            synchronisation. What is captured in a graph repeats the turns that pairs and factors
+            had in the captured calls: capture as many successive ones, after the tenth, as the
+            least common multiple of ``update_interval``, if there are pairs, and of 2 and
+            ``factor_interval``, if there are factors (default: ``True``).
         differentiable (bool, optional): must be ``False``.
         max_factor_dim (int, optional): deprecated name of ``block_size``.
 
@@ -161,8 +164,8 @@ class AdaQN(Optimizer):
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
-    ``"kronecker"`` divides a gradient that is more than 1,000 times as long as the
-    root of the average :math:`|g|^2` down to that.
+    ``"kronecker"``, where anything has factors, divides a gradient that is more than 1,000 times as
+    long as the root of the average :math:`|g|^2` down to that.
 
     A step whose gradient holds an infinity or a NaN (or overflowed under
     :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]`` and the number
@@ -232,13 +235,7 @@ class AdaQN(Optimizer):
         max_factor_dim: int | None = None,
     ) -> None:
         if max_factor_dim is not None:
-            warnings.warn(
-                "max_factor_dim is deprecated, and longer sides get factors now, by pieces; "
-                f"pass block_size={max_factor_dim!r}",
-                FutureWarning,
-                stacklevel=2,
-            )
-            block_size = max_factor_dim
+            block_size = _renamed(max_factor_dim)
         values = locals()
         self.curvature_product = curvature if callable(curvature) else None
         if callable(curvature):
@@ -272,6 +269,8 @@ class AdaQN(Optimizer):
             TypeError: a parameter is neither floating-point nor complex.
         """
         if isinstance(param_group, dict):
+            if "max_factor_dim" in param_group:
+                param_group["block_size"] = _renamed(param_group.pop("max_factor_dim"))
             common = self._common()
             validate_group(param_group, common)
             for name in COMMON:  # as they are now, whatever they were at first
@@ -331,6 +330,7 @@ class AdaQN(Optimizer):
         self._first_rates: list[float | Tensor] = []
         self._known_blocks: dict[Tensor, Blocks] = {}
         self._seen_blocks: list[list[Blocks]] = []
+        self._seen_sizes: list[int] = []
         self._halfway = False
 
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
@@ -362,6 +362,7 @@ class AdaQN(Optimizer):
             entries = arena.views()
             self.state.update(zip(arena.params, entries, strict=True))
             self._watch = Watch(arena.params, entries)
+            self._seen_sizes = [len(group["params"]) for group in self.param_groups]
             self._live.fix(self.param_groups)
 
     def _reconcile(self) -> None:
@@ -384,7 +385,10 @@ class AdaQN(Optimizer):
 
     def _settle(self) -> None:
         """Make the state that of the parameters as they are, before it is written or saved."""
-        if self._arena is not None and self._watch.sees_change(self._parameters(), self.state):
+        if self._arena is None:
+            return
+        moved = [len(group["params"]) for group in self.param_groups] != self._seen_sizes
+        if moved or self._watch.sees_change(self._parameters(), self.state):
             self._refit()
 
     def _match_blocks(self) -> None:
@@ -751,6 +755,17 @@ class AdaQN(Optimizer):
             if any(entries):
                 arena = self._assemble(entries, self.param_groups)
         self._bind(arena, 0 if arena is None else int(arena.calls))
+
+
+def _renamed(max_factor_dim: Any) -> Any:
+    """The ``block_size`` that an option of the old name stands for."""
+    warnings.warn(
+        "max_factor_dim is deprecated, and longer sides get factors now, by pieces; pass "
+        f"block_size={max_factor_dim!r}",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return max_factor_dim
 
 
 def _sorted(blocks: list[Blocks]) -> list[Blocks]:

@@ -19,6 +19,14 @@ VECTORS = (
 RINGS = ("s_ring", "y_ring", "fisher")
 #: Buffers of Kronecker factors, of which a parameter has a part of another size.
 FACTORED = ("factors", "bases")
+#: What to do about a state that does not fit.
+OTHER_PARAMETERS = (
+    "load a state_dict saved by AdaQN for parameters of the same shapes in the same order"
+)
+OTHER_FACTORS = (
+    "init, block_size, max_vector_dim or blocks were others when the state was made, or an older "
+    "version made it: set them back, or begin with a new optimizer"
+)
 #: Rows of rings begin at multiples of so many bytes, which the CUDA kernels take at a time.
 ROW_BYTES = 16
 #: Buffers that belong to the optimizer as a whole.  Checkpoints hold these and views of the above.
@@ -286,11 +294,15 @@ class Arena(Buffers):
                     continue
                 if not isinstance(found, Tensor) or found.shape != tensor.shape:
                     shape = tuple(found.shape) if isinstance(found, Tensor) else found
+                    remedy = OTHER_FACTORS if name in FACTORED else OTHER_PARAMETERS
                     raise ValueError(
                         f"state of parameter {index}: expected {name!r} of shape "
-                        f"{tuple(tensor.shape)}, got {shape}; load a state_dict saved by AdaQN for "
-                        "parameters of the same shapes in the same order"
+                        f"{tuple(tensor.shape)}, got {shape}; {remedy}"
                     )
+            if "factors" in theirs and "factors" not in mine:
+                raise ValueError(
+                    f"state of parameter {index}: expected no 'factors', got some; {OTHER_FACTORS}"
+                )
         self._check_counters(next(entry for entry in entries if entry)["counters"])
 
     def _check_counters(self, words: Tensor) -> None:

@@ -36,18 +36,18 @@ def rnn_blocks(module: Module) -> dict[Parameter, int]:
 
 
 #: Row blocks of a parameter: how many of equal height, or the height of each.
-Blocks = int | list[int]
+Blocks = int | tuple[int, ...]
 
 
 def as_blocks(given: Any) -> Blocks:
     """What ``blocks`` has for a parameter, in the form that is kept and saved."""
-    return int(given) if isinstance(given, Integral) else [int(rows) for rows in given]
+    return tuple(given) if isinstance(given, Sequence) else given
 
 
 def heights(shape: Size, blocks: Blocks) -> tuple[int, ...]:
     """Rows of each row block."""
-    if isinstance(blocks, list):
-        return tuple(blocks)
+    if isinstance(blocks, tuple):
+        return blocks
     rows = shape[0] if len(shape) else 1
     return (rows // blocks,) * blocks
 

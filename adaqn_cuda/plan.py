@@ -51,6 +51,11 @@ class Cut:
     heights: tuple[int, ...]
     block_size: int | None
 
+    @property
+    def has_factors(self) -> bool:
+        """Pieces of one element would have factors that are the identity."""
+        return self.block_size is not None and self.block_size > 1
+
 
 class Plan:
     """The matrices of all parameters, in the order of the flat vectors.
@@ -58,7 +63,8 @@ class Plan:
     Args:
         shapes: shape of every parameter, real ones.
         cuts: how each is cut.
-        max_vector_dim: longest vector that gets its whole covariance as a factor.
+        max_vector_dim: longest vector that gets its whole covariance as a factor; a matrix of one
+            row or column is a vector.
 
     Attributes:
         table: (matrices, 8), int64, on the CPU; see :class:`Column`.  Empty parameters have no row.
@@ -88,13 +94,13 @@ class Plan:
         """Add the matrices of a parameter; how many of their sides have factors."""
         if shape.numel() == 0:
             return 0
-        longest = self._longest(shape, cut)
-        width = prod(shape[1:])
-        if longest is None or longest == 1 or shape.numel() == 1:
-            self._rows.append([start, shape.numel(), 1, 1, 1, -1, -1, index])
-            return 0
-        first = len(self._rows)
-        for height in cut.heights:
+        width, first = prod(shape[1:]), len(self._rows)
+        for height in cut.heights if cut.has_factors else (shape.numel() // width,):
+            longest = self._longest(height, width, cut)
+            if longest == 1:
+                self._rows.append([start, height * width, 1, 1, 1, -1, -1, index])
+                start += height * width
+                continue
             counts = [-(-side // longest) for side in (height, width)]
             places = [
                 self._reserve(side, count)
@@ -105,11 +111,14 @@ class Plan:
         own = self._rows[first:]
         return sum(any(row[place] >= 0 for row in own) for place in (Column.LEFT, Column.RIGHT))
 
-    def _longest(self, shape: torch.Size, cut: Cut) -> int | None:
-        """The longest piece of a side, or ``None`` for no factors."""
-        if len(shape) != 1 or cut.block_size is None:
+    def _longest(self, height: int, width: int, cut: Cut) -> int:
+        """The longest piece of a side; 1 for no factors."""
+        if not cut.has_factors:
+            return 1
+        if height > 1 and width > 1:
             return cut.block_size
-        return shape[0] if shape[0] <= min(self._longest_vector, cut.block_size) else None
+        length = height * width
+        return length if length <= min(self._longest_vector, cut.block_size) else 1
 
     def _reserve(self, side: int, count: int) -> int:
         """Room for the factors of a side's pieces; a side of one element has none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .blocks import as_blocks
 from .options import CHECKS
 
 #: Options by which a group of AdaQN is known; older versions had them, others have none of them.
@@ -55,5 +56,12 @@ def completed(
         if len(blocks) != len(saved["params"]):
             blocks = [1] * len(saved["params"])
         kept = {name: value for name, value in mine.items() if name in CHECKS}
-        full.append({**defaults, **kept, "blocks": blocks, **saved})
+        saved = {"blocks": blocks, **saved}
+        if not isinstance(saved["blocks"], list) or len(saved["blocks"]) != len(saved["params"]):
+            raise ValueError(
+                f"state_dict: expected 'blocks' for each of {len(saved['params'])} parameters of a "
+                f"group, got {saved['blocks']!r}; pass what AdaQN.state_dict() returned"
+            )
+        saved["blocks"] = [as_blocks(given) for given in saved["blocks"]]
+        full.append({**defaults, **kept, **saved})
     return {**state_dict, "param_groups": full}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import flat
 
 from adaqn_cuda import ops
-from adaqn_cuda.blocks import heights
+from adaqn_cuda.blocks import as_blocks, heights
 from adaqn_cuda.layout import Counter, Flag
 from adaqn_cuda.plan import Cut, Plan
 
@@ -47,7 +47,9 @@ class H0:
     ) -> None:  # fmt: skip
         shapes = [torch.Size(shape) for shape in shapes]
         blocks = blocks or [1] * len(shapes)
-        cuts = [Cut(heights(s, b), block_size) for s, b in zip(shapes, blocks, strict=True)]
+        cuts = [
+            Cut(heights(s, as_blocks(b)), block_size) for s, b in zip(shapes, blocks, strict=True)
+        ]
         self.ops, self.shapes = BACKENDS[backend], shapes
         self.plan = Plan(shapes, cuts, max_vector_dim)
         self.params = [torch.zeros(shape, dtype=kind or dtype) for shape in shapes]

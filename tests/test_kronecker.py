@@ -39,7 +39,8 @@ class Matrix:
     def __init__(self, rows: int, columns: int, block_size: int, first: int) -> None:
         self.shape, self.number = (rows, columns), first
         self.cuts = [self.cut(side, block_size) for side in self.shape]
-        self.factored = [side > 1 for side in self.shape]
+        too_long = min(self.shape) == 1 and max(self.shape) > min(LONGEST, block_size)
+        self.factored = [side > 1 and not too_long for side in self.shape]
         self.v = torch.zeros(rows, columns, dtype=torch.float64)
         self.numbers, self.factors, self.bases = [], [], []
         for cuts, factored in zip(self.cuts, self.factored, strict=True):
@@ -511,7 +512,7 @@ def test_tensors_of_higher_order_are_matrices_of_their_first_dimension(backend):
 @both_backends
 def test_a_vector_is_a_matrix_of_one_column(backend):
     vectors = H0([(5,), (4, 3)], backend, block_size=9, max_vector_dim=5)
-    matrices = H0([(5, 1), (4, 3)], backend, block_size=9)
+    matrices = H0([(5, 1), (4, 3)], backend, block_size=9, max_vector_dim=5)
     settle([(vectors, lambda grads: [grads[0][:, 0], grads[1]]), (matrices, as_given)],
            matrices.shapes)  # fmt: skip
     assert_same_matrix(vectors, matrices)

@@ -724,7 +724,7 @@ def test_blocks_of_unequal_heights_are_parameters_of_their_own(fused):
     parts = [nn.Parameter(part.clone()) for part in whole.detach().split([4, 1, 2])]
     a = plain_adaqn([whole], blocks={whole: (4, 1, 2)}, fused=fused, **ALONE)
     b = plain_adaqn(parts, fused=fused, **ALONE)
-    assert a.param_groups[0]["blocks"] == [[4, 1, 2]]
+    assert a.param_groups[0]["blocks"] == [(4, 1, 2)]
     for step in range(15):
         set_gradients([whole], step)
         for part, g in zip(parts, whole.grad.split([4, 1, 2]), strict=True):
@@ -734,7 +734,7 @@ def test_blocks_of_unequal_heights_are_parameters_of_their_own(fused):
     torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in parts]))
     resumed = AdaQN([whole])
     resumed.load_state_dict(round_trip(a.state_dict()))
-    assert resumed.param_groups[0]["blocks"] == [[4, 1, 2]]
+    assert resumed.param_groups[0]["blocks"] == [(4, 1, 2)]
 
 
 # --------------------------------------------------------------------------- mixed groups
@@ -795,12 +795,48 @@ def test_the_old_name_of_block_size_is_deprecated():
     (p,) = random_parameters([(4, 3)])
     with pytest.warns(FutureWarning, match="pass block_size=5"):
         assert AdaQN([p], max_factor_dim=5).param_groups[0]["block_size"] == 5
+    with pytest.warns(FutureWarning, match="pass block_size=6"):
+        groups = AdaQN([{"params": [p], "max_factor_dim": 6}]).param_groups
+    assert groups[0]["block_size"] == 6
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_parameter_that_moves_to_another_group_takes_its_factors_or_is_refused(place):
+    """v in eigenbases is no diagonal; and where blocks fit, so does a checkpoint."""
+    a, b, c = random_parameters([(4, 3), (4, 3), (3, 3)])
+    for other, honoured in (("kronecker", True), ("rmsprop", False)):
+        optimizer = AdaQN([{"params": [a, b]}, {"params": [c], "init": other}], blocks={b: 2})
+        set_gradients([a, b, c], 0)
+        optimizer.step()
+        one, two = optimizer.param_groups
+        two["params"].insert(place, one["params"].pop())
+        if honoured:
+            optimizer.step()
+            twin = copy.deepcopy(optimizer)
+            assert [group["blocks"] for group in twin.param_groups] == [
+                [1],
+                [2, 1][:: 1 - 2 * place],
+            ]
+            optimizer.load_state_dict(round_trip(optimizer.state_dict()))
+        else:
+            with pytest.raises(ValueError, match="expected no 'factors'.*init.*set them back"):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("blocks", [[2], None, [[2, 2], 1, 1]])
+def test_a_state_dict_with_other_blocks_than_parameters_is_refused(blocks):
+    params = random_parameters([(4, 3), (4, 3)])
+    optimizer = AdaQN(params)
+    bad = optimizer.state_dict()
+    bad["param_groups"][0]["blocks"] = blocks
+    with pytest.raises(ValueError, match="'blocks' for each of 2 parameters"):
+        optimizer.load_state_dict(bad)
 
 
 def test_repr_tells_how_much_has_factors():
     params = random_parameters([(10, 5), (1, 30), (100,)])
     text = repr(AdaQN(params, block_size=4))
-    assert "Factors: on both sides of 27.8 % of them, on one of 16.7 %, on none of 55.6 %" in text
+    assert "Factors: on both sides of 27.8 % of them, on one of 0.0 %, on none of 72.2 %" in text
     assert "Factors: none" in repr(AdaQN(params, block_size=1))
     assert "Factors" not in repr(AdaQN(params, init="rmsprop"))
 
