@@ -48,7 +48,8 @@ class Blocks(Case):
     def plan(self) -> Plan:
         heights = dict(self.heights)
         cuts = [
-            Cut(heights.get(i, shape[:1]), self.block_size) for i, shape in enumerate(self.shapes)
+            Cut(heights.get(i, shape[:1] or (1,)), self.block_size)
+            for i, shape in enumerate(self.shapes)
         ]
         return Plan([torch.Size(shape) for shape in self.shapes], cuts, self.longest_vector)
 

@@ -103,8 +103,8 @@ class Problem:
         self.new_gradient()
 
     def heights(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        blocks = self.case.blocks
-        return (shape[0] // blocks,) * blocks if shape and shape[0] % blocks == 0 else shape[:1]
+        blocks, rows = self.case.blocks, shape[0] if shape else 1
+        return (rows // blocks,) * blocks if rows % blocks == 0 else (rows,)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.draw, dtype=F64)
