@@ -410,11 +410,12 @@ class Machine:
 
     def check_standing(self) -> None:
         """What holds between any two actions."""
-        # A pair across a huge step, whose y is of small gradients, may throw anything anywhere.
+        # Undamped, a pair whose y is of small gradients may throw anything anywhere.
         common = self.optimizer.param_groups[0]
         undamped = common["history_size"] > 0 and common["damping"] == 0
-        for p in parameters(self.optimizer):
-            assert (self.wild and undamped) or p.isfinite().all(), "a parameter is not finite"
+        finite = all(p.isfinite().all() for p in parameters(self.optimizer))
+        assert undamped or finite, "a parameter is not finite"
+        self.wild |= not finite
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     # ------------------------------------------------------------------ gradients
