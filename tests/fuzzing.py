@@ -411,10 +411,13 @@ class Machine:
             self.check_standing()
 
     def has_diverged(self) -> bool:
-        """Undamped, a pair whose y is of small gradients may throw the parameters anywhere."""
+        """Undamped, a pair whose y is of small gradients may throw the parameters anywhere.
+
+        So may a huge momentum over a v that has been forgotten.
+        """
         common = self.optimizer.param_groups[0]
         undamped = common["history_size"] > 0 and common["damping"] == 0
-        return undamped and any(
+        return (undamped or self.wild) and any(
             not (real_view(p).abs() < 1e6).all() for p in parameters(self.optimizer)
         )
 
