@@ -156,12 +156,17 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
 GROUPED = ("init", "block_size")
 #: Options that all groups share.
 COMMON = tuple(name for name in CHECKS if name not in (*PER_GROUP, *GROUPED))
+#: Options that are looked at again only where they have changed.
+WATCHED = (*COMMON, *GROUPED)
 
 
 def common_options(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Options of the whole optimizer: one group with factors makes it one with factors."""
-    factored = any(group.get("init") == "kronecker" for group in groups)
-    return {**groups[0], "init": "kronecker"} if factored else dict(groups[0])
+    first, *others = groups
+    mixed = any(group.get("init") == "kronecker" for group in others)
+    if mixed and first.get("init") != "kronecker":
+        return {**first, "init": "kronecker"}
+    return first
 
 
 def validate(options: dict[str, Any]) -> None:
@@ -220,12 +225,11 @@ class LiveOptions:
                     _check_tensor(name, value)
                 else:
                     CHECKS[name](name, value)
-        found = [group.get(name) for group in groups for name in (*COMMON, *GROUPED)]
+        found = [group.get(name) for group in groups for name in WATCHED]
         # By identity: 1 is no True, and tensors do not compare.
         if differ(found, self._seen):
             for group in groups:
-                options = {name: group.get(name) for name in (*COMMON, *GROUPED)}
-                validate_group(options, groups[0])
+                validate_group({name: group.get(name) for name in WATCHED}, groups[0])
         for group, name, value in self._fixed if allocated else ():
             if group[name] != value:
                 raise RuntimeError(
