@@ -282,12 +282,11 @@ class Call:
     def _look_ahead(self) -> Tensor:
         """q, of which pass 2 has taken the pairs' share."""
         a, (maximize, limit, beta) = self.a, self._gradient_options()
-        factor = reference.gradient_factor(a.projections, self.grad_scale, maximize, limit)
-        g = reference.gradient_vector(self.params, self.grads, a.dtype, None, False)
+        g = reference.gradient_vector(
+            self.params, self.grads, a.dtype, self.grad_scale, maximize
+        ) * reference.clip_factor(a.projections, limit)
         here = reference.presence(self.params, self.grads)
-        return reference.look_ahead_from_new(
-            factor.to(a.dtype) * g, a.momentum, a.counters, beta, here
-        )
+        return reference.look_ahead_from_new(g, a.momentum, a.counters, beta, here)
 
     # ------------------------------------------------------------------ at the averaged iterate
 

@@ -61,7 +61,6 @@ from .acceptance import count_step, step_is_accepted
 from .averages import (
     bias_correction,
     clip_factor,
-    gradient_factor,
     look_ahead_from_new,
     old_and_new,
 )
@@ -112,7 +111,6 @@ __all__ = [
     "flatten",
     "forward_coefficients",
     "free_slot",
-    "gradient_factor",
     "gradient_vector",
     "initial_product",
     "iterate_restore",

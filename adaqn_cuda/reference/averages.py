@@ -14,16 +14,6 @@ def clip_factor(projections: Tensor, max_grad_norm: float) -> Tensor:
     return torch.where(norm > max_grad_norm, max_grad_norm / norm, 1.0)
 
 
-def gradient_factor(
-    projections: Tensor, grad_scale: Tensor | None, maximize: bool, max_grad_norm: float
-) -> Tensor:
-    """What turns a gradient as given into the clipped one to descend."""
-    factor = clip_factor(projections, max_grad_norm)
-    if grad_scale is not None:
-        factor = factor / grad_scale.reshape(())
-    return -factor if maximize else factor
-
-
 def look_ahead(counters: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Weights of the new momentum and of g in q, before an accepted step is counted.
 

@@ -383,9 +383,8 @@ def _take_in(strip: Strip, x: Tensor, factors: Tensor, accepted: Tensor, call: i
     due = [i for i, number in enumerate(strip.numbers) if takes_in(call, number)]
     if not due:
         return
-    every = len(due) == len(strip.numbers)
     rows = strip.of(x)
-    g = rows if every else torch.stack([rows[i] for i in due])
+    g = torch.stack([rows[i] for i in due])
     old = strip.squares(factors, due)
     new = torch.baddbmm(old, g, g.mT, beta=FACTOR_DECAY, alpha=1 - FACTOR_DECAY)
     strip.put(factors, torch.where(accepted, new, old), due)
