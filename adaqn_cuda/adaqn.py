@@ -303,9 +303,6 @@ class AdaQN(Optimizer):
         for name in hooks:
             check_callable(name, getattr(self, name), common["history_size"])
 
-    def _sizes(self) -> Sizes:
-        return Sizes.of(self._parameters(), self._common(), self._plan(self.param_groups))
-
     def _plan(self, groups: list[dict[str, Any]]) -> Plan | None:
         """The Kronecker factors under the options of ``groups``, if there are to be any."""
         common = common_options(groups)
@@ -631,28 +628,29 @@ class AdaQN(Optimizer):
         return {
             **{name: words[Counter[name.upper()]] for name in names},
             "monitored_loss": None if loss != loss else loss,
-            "state_bytes": self._state_bytes(),
+            "state_bytes": self._foreseen()[0].bytes(),
         }
 
-    def _state_bytes(self) -> int:
-        """Device memory of the state, allocated or not."""
+    def _foreseen(self) -> tuple[Sizes, Plan | None]:
+        """What the state takes, allocated or not, and the factors in it."""
         self._match_blocks()
-        return self._sizes().bytes()
+        plan = self._plan(self.param_groups)
+        return Sizes.of(self._parameters(), self._common(), plan), plan
 
     def __repr__(self) -> str:
-        state, numel = self._state_bytes(), self._sizes().numel
+        sizes, plan = self._foreseen()
+        state, numel = sizes.bytes(), sizes.numel
         backend = ops.select_backend(self._parameters()[0].device, self._common()["fused"])
         per_parameter = f"{state / max(numel, 1):.1f} bytes per parameter"
         return (
             super().__repr__().removesuffix(")")
             + f"State: {state:,} bytes for {numel:,} parameters ({per_parameter})\n"
-            + self._factored_shares()
+            + self._factored_shares(plan)
             + f"Backend: {backend.name} ({backend.reason})\n)"
         )
 
-    def _factored_shares(self) -> str:
+    def _factored_shares(self, plan: Plan | None) -> str:
         """A line on how many of the parameters have Kronecker factors."""
-        plan = self._plan(self.param_groups)
         if plan is None:
             return "Factors: none\n" if self._common()["init"] == "kronecker" else ""
         counts = [0, 0, 0]

@@ -96,20 +96,19 @@ class Plan:
             return 0
         width, first = prod(shape[1:]), len(self._rows)
         for height in cut.heights if cut.has_factors else (shape.numel() // width,):
-            longest = self._longest(height, width, cut)
-            if longest == 1:
-                self._rows.append([start, height * width, 1, 1, 1, -1, -1, index])
-                start += height * width
-                continue
-            counts = [-(-side // longest) for side in (height, width)]
-            places = [
-                self._reserve(side, count)
-                for side, count in zip((height, width), counts, strict=True)
-            ]
-            self._rows.append([start, height, width, *counts, *places, index])
+            self._rows.append([start, *self._matrix(height, width, cut), index])
             start += height * width
         own = self._rows[first:]
         return sum(any(row[place] >= 0 for row in own) for place in (Column.LEFT, Column.RIGHT))
+
+    def _matrix(self, height: int, width: int, cut: Cut) -> list[int]:
+        """What the table says of a matrix, between its start and its parameter."""
+        longest = self._longest(height, width, cut)
+        if longest == 1:
+            return [height * width, 1, 1, 1, -1, -1]
+        counts = [-(-side // longest) for side in (height, width)]
+        places = map(self._reserve, (height, width), counts)
+        return [height, width, *counts, *places]
 
     def _longest(self, height: int, width: int, cut: Cut) -> int:
         """The longest piece of a side; 1 for no factors."""

@@ -52,16 +52,18 @@ def completed(
     own = [*groups, *({} for _ in found[len(groups) :])]
     full = []
     for saved, mine in zip(found, own, strict=False):
-        blocks = mine.get("blocks", [])
-        if len(blocks) != len(saved["params"]):
-            blocks = [1] * len(saved["params"])
         kept = {name: value for name, value in mine.items() if name in CHECKS}
-        saved = {"blocks": blocks, **saved}
-        if not isinstance(saved["blocks"], list) or len(saved["blocks"]) != len(saved["params"]):
-            raise ValueError(
-                f"state_dict: expected 'blocks' for each of {len(saved['params'])} parameters of a "
-                f"group, got {saved['blocks']!r}; pass what AdaQN.state_dict() returned"
-            )
-        saved["blocks"] = [as_blocks(given) for given in saved["blocks"]]
-        full.append({**defaults, **kept, **saved})
+        full.append({**defaults, **kept, **saved, "blocks": _blocks(saved, mine)})
     return {**state_dict, "param_groups": full}
+
+
+def _blocks(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[Any]:
+    """The row blocks of a saved group, or else of the optimizer's own, if they fit."""
+    count, own = len(saved["params"]), mine.get("blocks", [])
+    given = saved.get("blocks", own if len(own) == count else [1] * count)
+    if not isinstance(given, list) or len(given) != count:
+        raise ValueError(
+            f"state_dict: expected 'blocks' for each of {count} parameters of a group, got "
+            f"{given!r}; pass what AdaQN.state_dict() returned"
+        )
+    return [as_blocks(blocks) for blocks in given]
