@@ -149,6 +149,20 @@ int64_t useful_workers(const KroneckerMatrices& matrices, int64_t workers) {
 
 // ---------------------------------------------------------------- scratch memory
 
+template <class T>
+inline void copy_rows(const T* from, int64_t from_stride, int64_t height, int64_t width, T* to,
+                      int64_t stride) {
+  for (int64_t k = 0; k < height; ++k) std::copy_n(from + k * from_stride, width, to + k * stride);
+}
+
+/// Zeros behind the rows of a block, where products read.
+template <class T>
+inline void clear_padding(T* block, int64_t stride, int64_t height, int64_t width) {
+  for (int64_t k = 0; k < height; ++k) {
+    std::fill(block + k * stride + width, block + (k + 1) * stride, T(0));
+  }
+}
+
 /// The right basis of a tile and its transpose, which stay for the next tile.
 template <class T>
 struct RightBasis {
@@ -161,14 +175,10 @@ struct RightBasis {
         transposed(scratch.take<T>(side * stride)) {}
 
   void load(const T* from, int64_t side) const {
-    for (int64_t k = 0; k < side; ++k) {
-      T* row = std::copy_n(from + k * side, side, basis + k * stride);
-      std::fill(row, basis + (k + 1) * stride, T(0));
-    }
+    copy_rows(from, side, side, side, basis, stride);
+    clear_padding(basis, stride, side, side);
     transpose(basis, stride, side, side, transposed, stride);
-    for (int64_t k = 0; k < side; ++k) {
-      std::fill(transposed + k * stride + side, transposed + (k + 1) * stride, T(0));
-    }
+    clear_padding(transposed, stride, side, side);
   }
 };
 
@@ -237,9 +247,7 @@ inline void take_in(const Gradient& gradient, T clip, const FactorTask& task, Sc
     T* const tile = task.left ? b.tile : b.rows;
     load_gradient(gradient, clip, rows, tile, task.left ? b.tile_stride : b.stride);
     if (task.left) transpose(tile, b.tile_stride, side, depth, b.rows, b.stride);
-    for (int64_t l = 0; l < depth; ++l) {
-      std::fill(b.rows + l * b.stride + side, b.rows + (l + 1) * b.stride, T(0));
-    }
+    clear_padding(b.rows, b.stride, depth, side);
     multiply<T>({side, side, depth, b.rows, b.stride, true, b.rows, b.stride, b.sum, b.stride, true,
                  k == 0 ? T(0) : T(1)});
   }
@@ -322,21 +330,12 @@ class Rotation {
   RightBasis<T> right_;
 };
 
-template <class T>
-inline void clear_padding(T* tile, int64_t stride, int64_t height, int64_t width) {
-  for (int64_t k = 0; k < height; ++k) {
-    std::fill(tile + k * stride + width, tile + (k + 1) * stride, T(0));
-  }
-}
-
 /// Row k of a tile of v becomes what row rows[k] was, and its columns likewise; null: all stay.
 template <class T>
 inline void permute(T* v, const Rows& tile, const int32_t* rows, const int32_t* columns, T* copy,
                     int64_t stride) {
   if (rows == nullptr && columns == nullptr) return;
-  for (int64_t k = 0; k < tile.count; ++k) {
-    std::copy_n(v + k * tile.apart, tile.length, copy + k * stride);
-  }
+  copy_rows(v, tile.apart, tile.count, tile.length, copy, stride);
   for (int64_t k = 0; k < tile.count; ++k) {
     const T* from = copy + (rows == nullptr ? k : rows[k]) * stride;
     T* to = v + k * tile.apart;
@@ -503,16 +502,12 @@ inline void apply_tile(const KroneckerApply& a, const Spectrum<T>& spectrum, con
   TileBuffers<T> b(scratch, rows.count, rows.length);
   T* x = static_cast<T*>(a.x) + rows.begin;
   const T* v = static_cast<const T*>(a.averages.accumulator) + rows.begin;
-  for (int64_t k = 0; k < rows.count; ++k) {
-    std::copy_n(x + k * rows.apart, rows.length, b.first + k * b.stride);
-  }
+  copy_rows(x, rows.apart, rows.count, rows.length, b.first, b.stride);
   clear_padding(b.first, b.stride, rows.count, rows.length);
   rotation.rotate(b.first, b.spare, b.stride);
   spectrum.scale(v, rows, a.inverse, b.first, b.stride);
   rotation.rotate_back(b.first, b.spare, b.stride);
-  for (int64_t k = 0; k < rows.count; ++k) {
-    std::copy_n(b.first + k * b.stride, rows.length, x + k * rows.apart);
-  }
+  copy_rows(b.first, b.stride, rows.count, rows.length, x, rows.apart);
 }
 
 template <class T>
