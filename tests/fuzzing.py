@@ -417,9 +417,9 @@ class Machine:
         """
         common = self.optimizer.param_groups[0]
         undamped = common["history_size"] > 0 and common["damping"] == 0
-        return (undamped or self.wild) and any(
-            not (real_view(p).abs() < 1e6).all() for p in parameters(self.optimizer)
-        )
+        params = [real_view(p) for p in parameters(self.optimizer)]
+        assert undamped or not any(p.isnan().any() for p in params), "a parameter is no number"
+        return (undamped or self.wild) and any(not (p.abs() < 1e6).all() for p in params)
 
     def check_standing(self) -> None:
         """What holds between any two actions."""
