@@ -150,7 +150,7 @@ def native_library() -> Extension:
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     return Extension(
         "adaqn_cuda._native",
-        sources("csrc/cpu/*.cpp", "csrc/torch/cpu.cpp"),
+        sources("csrc/cpu/*.cpp", "csrc/torch/cpu*.cpp"),
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         extra_compile_args={
             "cxx": CXX_FLAGS + includes + EXTRA_FLAGS,

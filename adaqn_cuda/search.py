@@ -15,12 +15,10 @@ from .arena import real_view
 from .history import History
 from .interrupts import Hold
 from .layout import Counter, Stop, Turn, Word, largest_norm
-from .wolfe import StrongWolfe, Trial
+from .wolfe import NOISE, StrongWolfe, Trial
 
 #: Armijo's rule: the share of the slope's decrease that is asked for, and trials of one direction.
 DECREASE, MAX_TRIALS = 1e-4, 20
-#: Relative noise of a loss, in units of its rounding error.
-NOISE = 8
 #: Without a line search, what a step is multiplied with whose loss is not finite, and how often.
 SHORTER, MAX_SHORTER = 0.1, 10
 

@@ -14,6 +14,8 @@ from struct import Struct
 import torch
 from torch import Tensor
 
+#: Relative noise of a loss, in units of its rounding error (Hager & Zhang 2005, section 4).
+NOISE = 8
 _SINGLE = Struct("f")
 
 
@@ -91,11 +93,15 @@ class StrongWolfe:
         self.tolerance_change = tolerance_change
         self.left = max_trials
         self.round = rounded_to_single if dtype != torch.float64 else float
+        self.noise = NOISE * torch.finfo(dtype).eps
         self.decrease = decrease
         self.curvature = curvature
 
     def _rises(self, trial: Trial) -> bool:
+        """Whether the loss falls too little; of two equal up to rounding, the slope has to tell."""
         start = self.start
+        if trial.loss - start.loss <= self.noise * abs(start.loss) and self._is_flat(trial):
+            return False
         return trial.loss > self.round(start.loss + self.decrease * trial.step * start.slope)
 
     def _is_flat(self, trial: Trial) -> bool:

@@ -61,7 +61,7 @@ def secant_measure(
     value = loss.detach().reshape(()).to(words)
     words[Word.TRIAL_LOSS] = -value if maximize else value
     words[Word.TRIAL_SLOPE] = product(g, direction)
-    words[Word.TRIAL_MAX] = g.abs().max() if len(g) else 0.0
+    words[Word.TRIAL_MAX] = largest(g)
     words[Word.TRIAL_SUM] = g.double().abs().sum()
     words[Word.TRIAL_NONFINITE] = (~g.isfinite()).sum()
 
@@ -69,6 +69,12 @@ def secant_measure(
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x.y, summed in float64."""
     return (x.double() * y.double()).sum()
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x|, infinite unless all of x is finite."""
+    size = x.abs().max() if len(x) else x.new_zeros(())
+    return torch.where(size.isfinite(), size, torch.inf)
 
 
 def secant_decide(
@@ -194,11 +200,19 @@ def secant_pair(
     words[Word.SQUARE] = torch.where(accepted, y_y, words[Word.SQUARE])
 
     gradient.copy_(torch.where(accepted, trial, gradient))
-    projections[:slots] = (s_ring.to(gradient.dtype) @ -gradient).double()
-    projections[Flag.NONFINITE] = torch.where(accepted, words[Word.TRIAL_NONFINITE], 1.0)
-    projections[Flag.NONZERO] = (gradient != 0).sum()
-    projections[Flag.SQUARE] = product(gradient, gradient)
     count_pair(counters, slots, accepted, store, forget)
+    order, valid = age_order(counters, slots)
+    holds = torch.zeros_like(valid).index_copy_(0, order, valid)
+    u = torch.where(holds, (s_ring.to(gradient.dtype) @ -gradient).double(), 0.0)
+    projections[:slots] = torch.where(accepted | forget, u, projections[:slots])
+    flags = (
+        (Flag.NONFINITE, words[Word.TRIAL_NONFINITE]),
+        (Flag.NONZERO, (gradient != 0).sum().double()),
+        (Flag.SQUARE, product(gradient, gradient)),
+    )
+    for flag, value in flags:
+        projections[flag] = torch.where(accepted, value, projections[flag])
+    projections[Flag.NONFINITE] += (~accepted).double()
 
 
 def count_pair(
@@ -265,7 +279,7 @@ def secant_combine(
     p = torch.where(goes_on, p, direction)
     direction.copy_(p)
     words[Word.SLOPE] = product(gradient, p)
-    words[Word.DIRECTION_MAX] = p.abs().max() if len(p) else 0.0
+    words[Word.DIRECTION_MAX] = largest(p)
     short = (1 / words[Word.GRADIENT_SUM]).clamp(max=1.0) if first == 0 else first
     start = lr * torch.where(counters[Counter.PAIRS] == 0, short, 1.0)
     start = torch.where(words[Word.STATUS] == Stop.NOT, start, 0.0)
