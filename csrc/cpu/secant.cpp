@@ -11,12 +11,12 @@
 namespace adaqn::cpu {
 namespace {
 
-/// Elements of one task: few where there are many rows, so that a block of all stays in the cache.
-/// Independent of the number of threads, and with it every sum.
-int64_t chunk_length(int64_t rows) {
-  constexpr int64_t work = int64_t{1} << 16, least = 512;
-  const int64_t length = std::clamp(work / std::max<int64_t>(rows, 1), least, kBlock);
-  return length / least * least;
+/// Elements of one task: enough of a row to read it at the memory's speed, and enough tasks for all
+/// threads.  Independent of their number, and with it every sum.
+int64_t chunk_length(int64_t size) {
+  constexpr int64_t tasks = 16, step = 512;
+  const int64_t steps = (size + tasks * step - 1) / (tasks * step);
+  return std::min(steps * step, kBlock);
 }
 
 /// The largest of one number per chunk; infinite if any is not finite.
@@ -138,7 +138,7 @@ inline int32_t store_difference(T step, const T* p, const T* trial, const T* gra
 template <class T, class R>
 std::vector<double> pair_sums(ParallelFor parallel_for, const SecantPair& a, const PairRing& ring,
                               T, R) {
-  const int64_t size = a.s_ring.columns, length = chunk_length(ring.pairs);
+  const int64_t size = a.s_ring.columns, length = chunk_length(size);
   const T* trial = static_cast<const T*>(a.trial);
   const T* direction = static_cast<const T*>(a.direction);
   T* gradient = static_cast<T*>(a.gradient);
@@ -156,8 +156,7 @@ std::vector<double> pair_sums(ParallelFor parallel_for, const SecantPair& a, con
                                        s_row + begin, y_row + begin, s, y);
     std::copy_n(trial + begin, n, gradient + begin);
     const T* g = gradient + begin;
-    add_products(rows, begin, n, y, sums);
-    add_products(rows, begin, n, g, sums + ring.pairs);
+    add_two_products(rows, begin, n, y, g, sums, sums + ring.pairs);
     words[kCurvature] += wide_product(s, y, n);
     words[kSquare] += wide_product(y, y, n);
     words[kLength] += wide_product(s, s, n);
@@ -224,7 +223,7 @@ template <class T, class R>
 void residual(ParallelFor parallel_for, const Residual& a, T, R) {
   if (turns(a.words, turn::refuse)) return;
   const PairRing ring(a.counters, static_cast<int>(a.y_ring.rows));
-  const int64_t size = a.y_ring.columns, length = chunk_length(ring.pairs);
+  const int64_t size = a.y_ring.columns, length = chunk_length(size);
   const auto rows = pair_rows<R>(a.y_ring, ring);
   auto minus_a = by_age<T>(solve_backward(a.gram, ring, a.projections), ring);
   for (T& number : minus_a) number = -number;
@@ -272,7 +271,7 @@ void combine(ParallelFor parallel_for, const Combine& a, T, R) {
   if (turns(a.words, turn::refuse)) return;
   const PairRing ring(a.counters, static_cast<int>(a.s_ring.rows));
   const Coefficients coefficients = coefficients_of(a, ring);
-  const int64_t size = a.s_ring.columns, length = chunk_length(ring.pairs);
+  const int64_t size = a.s_ring.columns, length = chunk_length(size);
   const auto rows = pair_rows<R>(a.s_ring, ring);
   const auto c = by_age<T>(coefficients.c, ring);
   const T factor = static_cast<T>(coefficients.factor);
