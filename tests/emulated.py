@@ -261,8 +261,9 @@ class EmulatedOps:
 
     def secant_measure(self, params, grads, loss, maximize, direction, trial, words):
         tensors = state(direction.dtype, len(direction), direction=direction, trial=trial)
+        params, grads = dense(params, grads)
         self._module().secant_measure(
-            rows(*dense(params, grads)), {**tensors, "words": address(words)},
+            rows(params, grads), {**tensors, "words": address(words)},
             address(loss), TYPES[loss.dtype], maximize,
         )  # fmt: skip
 

@@ -92,10 +92,11 @@ class SearchProblem(Problem):
 
     def parameters(self) -> dict:
         values = super().parameters()
-        for i in range(0, len(values["params"]), self.case.strided or len(values["params"]) + 1):
+        if self.case.strided:
             for name in ("params", "grads"):
-                if values[name][i] is not None:
-                    values[name][i] = values[name][i].repeat_interleave(2)[::2]
+                for i in range(0, len(values[name]), self.case.strided):
+                    if values[name][i] is not None:
+                        values[name][i] = values[name][i].repeat_interleave(2)[::2]
         return values
 
     def pair_rings(self) -> dict:
