@@ -197,6 +197,9 @@ class SearchProblem(Problem):
                     assert_close(mine, other, key)
         for key in BY_SLOT:
             assert_close(self[key][stored], theirs[key][stored], key, tolerance)
+        free = [i for i in range(self.slots) if i not in stored]
+        if not torch.equal(self["words"][Word.TURN], torch.tensor(0.0).to(self["words"])):
+            assert torch.equal(self["projections"][free], theirs["projections"][free])
         for flag in Flag:
             both = [values["projections"][flag].reshape(1) for values in (self, theirs)]
             assert_close(*both, f"projections[{flag.name}]", tolerance)

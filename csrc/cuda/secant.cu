@@ -108,7 +108,7 @@ __global__ void finish_measure_kernel(const __grid_constant__ Search search, Num
   if (threadIdx.x >= 32) return;
   const double most = largest_of(partials, kTrialSums);
   if (threadIdx.x > 0) return;
-  search.words[word::trial_max] = most;
+  search.words[word::trial_max] = finite_or_infinite(most);
   search.words[word::trial_loss] = sign * load_element<double>(loss.data, loss.type, 0);
 }
 
@@ -255,11 +255,16 @@ __device__ bool all_finite(const double* totals, int count, double* memory) {
   return bad == 0;
 }
 
-/// u_i = -s_i.g, flags, and the candidate's column of gram if it is stored; then everything else.
+/// u_i = -s_i.g, zero where no pair is, flags, and the candidate's column of gram if it is stored;
+/// then everything else.
 __global__ void finish_pair_kernel(const __grid_constant__ State state,
                                    const __grid_constant__ Search search, PairRule rule,
                                    PairSums sums) {
   double* flags = state.projections + state.slots;
+  if (turns_to(search, turn::refuse)) {
+    if (threadIdx.x == 0) flags[flag::nonfinite] += 1;
+    return;
+  }
   const bool accepted = turns_to(search, turn::accept);
   const PairRing ring(state.counters, state.slots);
   double* own = reinterpret_cast<double*>(shared_memory());
@@ -281,18 +286,25 @@ __global__ void finish_pair_kernel(const __grid_constant__ State state,
   }
   const bool store = stores_pair(rule, candidate, search.words);
   const int free = ring.free_slot();
+  const int first_unused = accepted ? ring.pairs + 1 : 0;
+  for (int age = first_unused + int(threadIdx.x); age < ring.slots; age += int(blockDim.x)) {
+    state.projections[ring.slot(age)] = 0;
+  }
   for (int age = int(threadIdx.x); store && age <= ring.pairs; age += int(blockDim.x)) {
     state.gram[int64_t(ring.slot(age)) * ring.slots + free] = sums.totals[age];
   }
   __syncthreads();  // who still reads counters and words
   if (threadIdx.x > 0) return;
-  flags[flag::nonfinite] = accepted ? search.words[word::trial_nonfinite] : 1.0;
   if (accepted) {
+    flags[flag::nonfinite] = search.words[word::trial_nonfinite];
     flags[flag::nonzero] = own[kNonzero];
     flags[flag::square] = own[kGradientSquare];
+  } else {
+    flags[flag::nonfinite] += 1;
   }
   if (store) state.gram[int64_t(ring.slots) * ring.slots + free] = candidate.y_y;
   record_pair(rule, candidate, store, state.slots, search.scales, state.counters, search.words);
+  state.projections[PairRing(state.counters, state.slots).free_slot()] = 0;
 }
 
 // ------------------------------------------------------------------ the direction
@@ -392,7 +404,7 @@ __global__ void finish_direction_kernel(const __grid_constant__ State state,
                [&](int64_t, double total) { search.words[word::slope] = total; });
   const double most = largest_of(partials, kDirectionSums);
   if (threadIdx.x > 0) return;
-  search.words[word::direction_max] = most;
+  search.words[word::direction_max] = finite_or_infinite(most);
   search.words[word::step] = first_step(lr, first, state.counters, search.words);
 }
 
@@ -403,6 +415,14 @@ bool is_aligned(const State& state, const Search& search) {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
   }
   return is_aligned(state);
+}
+
+/// A state whose alignment is that of the search, for tables of parameters.
+State with_vectors(const State& state, const Search& search) {
+  State result = state;
+  result.anchor = search.origin;
+  result.image = search.trial;
+  return result;
 }
 
 /// Memory between the launches of a call; for sizes, with a null base.
@@ -482,7 +502,8 @@ cudaError_t secant_measure(const Parameters& list, const State& state, const Sea
                     T(sign), static_cast<const T*>(state.direction), static_cast<T*>(search.trial),
                     partials);
     };
-    return for_each_launch<T, kWidth<T>>(list, state, bytes, partials, enqueue);
+    return for_each_launch<T, kWidth<T>>(list, with_vectors(state, search), bytes, partials,
+                                         enqueue);
   }));
   return launch(finish_measure_kernel, Shape{dim3(1), 128, 0}, queue.stream, search, loss, sign,
                 partials);
@@ -560,7 +581,7 @@ cudaError_t secant_combine(const State& state, const Search& search, double lr, 
 cudaError_t secant_move(const Parameters& list, const State& state, const Search& search,
                         const double* step, double limit, const Queue& queue) {
   return for_each_simple_launch(
-      list, state, [&](auto vectors, const auto& table, const Shape& shape) {
+      list, with_vectors(state, search), [&](auto vectors, const auto& table, const Shape& shape) {
         using T = decltype(vectors);
         return launch(move_kernel<T, kCapacity<decltype(table)>>, shape, queue.stream, table,
                       search, static_cast<const T*>(state.direction), step != nullptr,
