@@ -175,7 +175,7 @@ def add_cuda(extension: Extension, home: str) -> list[str]:
     check_toolkit(nvcc, images)
     cpp_extension.CUDA_HOME = home
     toolkit = [path for path in ("lib64", "lib") if (Path(home) / path).exists()]
-    extension.sources += sources("csrc/cuda/*.cu", "csrc/torch/*.cu", "csrc/torch/cuda.cpp")
+    extension.sources += sources("csrc/cuda/*.cu", "csrc/torch/*.cu", "csrc/torch/cuda*.cpp")
     extension.extra_compile_args["nvcc"] += map(gencode, images)
     extension.extra_compile_args["cxx"] += ["-DUSE_CUDA", f"-isystem{home}/include"]
     extension.library_dirs += [str(Path(home) / path) for path in toolkit]

@@ -34,7 +34,6 @@ The others are those of the package.  ``projections`` hold u_i = s_i.q, and thei
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -135,9 +134,7 @@ def secant_decide(
     )
     words[Word.STEP] = torch.where(status != Stop.NOT, 0.0, torch.where(refuse, shorter, step))
     words[Word.LOSS] = torch.where(accept, trial, loss)
-    words[Word.GRADIENT_SUM] = torch.where(
-        accept, words[Word.TRIAL_SUM], words[Word.GRADIENT_SUM]
-    )
+    words[Word.GRADIENT_SUM] = torch.where(accept, words[Word.TRIAL_SUM], words[Word.GRADIENT_SUM])
 
 
 def shortening(step: Tensor, loss: Tensor, slope: Tensor, trial: Tensor, finite: Tensor) -> Tensor:
@@ -193,9 +190,7 @@ def secant_pair(
     growth = (s_b_s / s_y).clamp(min=1.0) if self_scaled else torch.ones_like(s_y)
     growth = torch.where(growth.isfinite(), growth, 1.0)
     scales.index_copy_(0, free, torch.where(store, growth, scales.index_select(0, free)[0])[None])
-    words[Word.GAMMA] = torch.where(
-        forget, 1.0, torch.where(store, s_y / y_y, words[Word.GAMMA])
-    )
+    words[Word.GAMMA] = torch.where(forget, 1.0, torch.where(store, s_y / y_y, words[Word.GAMMA]))
     words[Word.CURVATURE] = torch.where(accepted, s_y, words[Word.CURVATURE])
     words[Word.SQUARE] = torch.where(accepted, y_y, words[Word.SQUARE])
 
@@ -280,7 +275,9 @@ def secant_combine(
     direction.copy_(p)
     words[Word.SLOPE] = product(gradient, p)
     words[Word.DIRECTION_MAX] = largest(p)
-    short = (1 / words[Word.GRADIENT_SUM]).clamp(max=1.0) if first == 0 else first
+    short = words.new_full((), first)
+    if first == 0:
+        short = (1 / words[Word.GRADIENT_SUM]).clamp(max=1.0)
     start = lr * torch.where(counters[Counter.PAIRS] == 0, short, 1.0)
     start = torch.where(words[Word.STATUS] == Stop.NOT, start, 0.0)
     words[Word.STEP] = torch.where(goes_on, start, words[Word.STEP])
@@ -321,4 +318,3 @@ def secant_move(
     moves = (words[Word.SLOPE] <= limit) & (words[Word.STEP] != 0)
     trial = origin + words[Word.STEP].to(origin.dtype) * direction
     write_back(params, torch.where(moves, trial, origin))
-

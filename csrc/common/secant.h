@@ -57,6 +57,11 @@ ADAQN_HOST_DEVICE inline T larger(T x, T y) {
   return y > x || y != y ? y : x;
 }
 
+/// What a maximum is recorded as: infinite unless it is finite.
+ADAQN_HOST_DEVICE inline double finite_or_infinite(double x) {
+  return is_finite(x) ? x : static_cast<double>(INFINITY);
+}
+
 // ------------------------------------------------------------------ the line search
 
 struct SearchRule {
