@@ -11,6 +11,7 @@ Environment variables:
   CUDA kernels where nvcc is, an architecture that ``TORCH_CUDA_ARCH_LIST`` names;
 * ``ADAQN_CUDA=0``: leave the CUDA kernels out;
 * ``ADAQN_CXXFLAGS``: further compiler and linker flags;
+* ``ADAQN_NVCCFLAGS``: further flags of nvcc;
 * ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``: as for every torch extension.
 """
 
@@ -61,6 +62,7 @@ NVCC_FLAGS = [
     "-U__CUDA_NO_HALF_CONVERSIONS__",
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
     "-U__CUDA_NO_HALF2_OPERATORS__",
+    *shlex.split(os.environ.get("ADAQN_NVCCFLAGS", "")),
 ]
 
 

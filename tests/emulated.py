@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from itertools import chain, repeat
-from pathlib import Path
 from types import ModuleType
 
 import torch
-from cmake_module import build_module
+from cmake_module import ROOT, build_module
 from torch import Tensor
 
 from adaqn_cuda.layout import Flag, state_dtype
 
-ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @cache
 def build() -> ModuleType:
     """The extension module, rebuilt where sources have changed."""
-    return build_module(ROOT / "tests" / "emulation", BUILD, "adaqn_cuda_emulated")
+    return build_module(ROOT / "tests" / "emulation", "adaqn_cuda_emulated")
 
 
 def address(tensor: Tensor | None) -> int:

@@ -62,7 +62,7 @@ CASES = {
     "fisher ring of 150": Case(numels=(1500,), fisher_size=150, gradients=133),
     "100 000": Case(numels=(99_991, 9)),
     "300 tensors": Case(numels=(7, 0, 16) * 100, groups=100),
-    "3 000 tensors": Case(numels=(3, 1, 0) * 1000, dtypes=(F32, BF16), groups=5, missing=7),
+    "1 650 tensors": Case(numels=(3, 1, 0) * 550, dtypes=(F32, BF16), groups=5, missing=7),
     "momentum": Case(beta=0.9),
     "momentum, first step": Case(beta=0.9, accepted=0),
     "momentum, after long": Case(beta=0.95, accepted=10**6),
@@ -98,8 +98,8 @@ CASES = {
     "everything, history of 64": Case(
         numels=(2500,), history_size=64, pairs=64, oldest=40, **EVERYTHING
     ),
-    "everything, 3 000 tensors": Case(
-        numels=(3, 1, 0) * 1000, dtypes=(F32, BF16), groups=5, missing=7, **EVERYTHING
+    "everything, 1 650 tensors": Case(
+        numels=(3, 1, 0) * 550, dtypes=(F32, BF16), groups=5, missing=7, **EVERYTHING
     ),
     "everything, empty": Case(numels=(0, 0), **EVERYTHING),
     "no history": Case().without_pairs(),
@@ -135,7 +135,7 @@ STANDING = {
 }
 STANDING["one element"] = Case(numels=(1, 1), missing=(0,), **EVERYTHING)
 STANDING["tables of groups"] = Case(numels=(3, 8) * 33, groups=66, missing=5, **EVERYTHING)
-STANDING["tables of tensors"] = Case(numels=(3, 1, 0) * 1000, missing=7, groups=5, **EVERYTHING)
+STANDING["tables of tensors"] = Case(numels=(3, 1, 0) * 550, missing=7, groups=5, **EVERYTHING)
 #: The operations that a missing gradient concerns.
 MOVING = ("direction_pass2", "direction_pass3", "direction_step", "diagonal_step")
 

@@ -36,7 +36,7 @@ CASES = {
     "chunks": Blocks(shapes=((9001,),), beta=0.9),
     "wide": Blocks(shapes=((150, 70),), block_size=150),
     "wide in float64": Blocks(shapes=((131, 3),), block_size=150, dtypes=(F64,)),
-    "long strips": Blocks(shapes=((3, 700), (700, 3)), block_size=3),
+    "long strips": Blocks(shapes=((3, 300), (300, 3)), block_size=3),
     "100 matrices": Blocks(shapes=((3, 2), (4,)) * 50, groups=100, missing=7),
     "300 matrices": Blocks(shapes=((3, 2), (), (4,)) * 100, groups=5, missing=7),
     "momentum, first step": Blocks(beta=0.9, accepted=0),

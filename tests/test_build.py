@@ -180,6 +180,13 @@ def test_unknown_architectures_may_be_required(tree, tmp_path):
     assert "sm_100 of TORCH_CUDA_ARCH_LIST" in done.output
 
 
+def test_nvcc_is_given_further_flags(tree, tmp_path):
+    build(tree, ADAQN_NVCCFLAGS="--warn -Xptxas '-v -w'", **toolkit(tmp_path / "cuda"))
+    commands = (tmp_path / "cuda" / "bin" / "nvcc.log").read_text().splitlines()
+    assert commands
+    assert all("--warn -Xptxas -v -w" in line for line in commands)
+
+
 # ------------------------------------------------------------------------------ CUDA does not build
 
 BROKEN = {

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from math import inf, isfinite, nan
-from pathlib import Path
 
 import pytest
 import torch
-from cmake_module import build_module
+from cmake_module import ROOT, build_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaqn_cuda import reference
 from adaqn_cuda.layout import Counter, Flag, Loss, pair_slots, projections_size
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory):
-    """The test module of CMakeLists.txt, built anew."""
-    return build_module(ROOT, tmp_path_factory.mktemp("common"), "adaqn_common_test")
+def common():
+    """The test module of CMakeLists.txt."""
+    return build_module(ROOT, "adaqn_common_test")
 
 
 def test_words_are_those_of_the_layout(common):

@@ -175,12 +175,12 @@ def test_direction_is_accurate(case):
     check_direction_accuracy(NATIVE, "cuda", {**CASES, **LARGE}[case])
 
 
-@pytest.mark.parametrize("case", ["plain", "3 000 tensors", "3 000 001", "everything"])
+@pytest.mark.parametrize("case", ["plain", "1 650 tensors", "3 000 001", "everything"])
 def test_same_bits_on_repetition(case):
     check_repeatable(NATIVE, "cuda", {**CASES, **LARGE}[case])
 
 
-@pytest.mark.parametrize("case", ["plain", "mixed", "mixed with float64", "3 000 tensors"])
+@pytest.mark.parametrize("case", ["plain", "mixed", "mixed with float64", "1 650 tensors"])
 def test_restore_undoes_swap(case):
     check_restore(NATIVE, "cuda", CASES[case])
 

@@ -288,13 +288,6 @@ def test_without_a_command_it_prints_the_diagnosis(capsys):
 # --------------------------------------------------------------------------- checkpoints
 
 
-def train_command(text, tmp_path, *more, steps):
-    words = [sys.executable, "-m", "adaqn_cuda", "train"]
-    words += arguments(text, "--plot", tmp_path / "x.png", "--json", tmp_path / "x.json", *more,
-                       steps=steps)  # fmt: skip
-    return words
-
-
 def final_losses(tmp_path):
     (run,) = json.loads((tmp_path / "x.json").read_text())["runs"]
     return run["train"], run["valid"], [(r["step"], r["train"], r["valid"]) for r in run["curve"]]
@@ -315,14 +308,15 @@ def kill_after_next_checkpoint(command, file):
 def test_killed_run_resumes_bit_for_bit(text, tmp_path):
     """SIGKILL at two random moments, then to the end: the losses of the uninterrupted run."""
     file = tmp_path / "run.pt"
-    command = train_command(text, tmp_path, "--monitor", 2, "--preset", "pairs", steps=400)
-    subprocess.run(command, check=True, timeout=120)
+    plain = ["--plot", tmp_path / "x.png", "--json", tmp_path / "x.json"]
+    command = ["train", *arguments(text, *plain, "--monitor", 2, "--preset", "pairs", steps=400)]
+    assert cli.main(command) == 0
     expected = final_losses(tmp_path)
-    command += ["--save", file, "--save-every", "7", "--resume"]
+    command += ["--save", str(file), "--save-every", "7", "--resume"]
     for _ in range(2):
-        kill_after_next_checkpoint(command, file)
+        kill_after_next_checkpoint([sys.executable, "-m", "adaqn_cuda", *command], file)
     torch.load(file, weights_only=True)  # never a torn file
-    subprocess.run(command, check=True, timeout=120)
+    assert cli.main(command) == 0
     assert final_losses(tmp_path) == expected
 
 

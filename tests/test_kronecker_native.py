@@ -537,9 +537,9 @@ def test_opcheck(name, case):
     torch.library.opcheck(getattr(torch.ops.adaqn, name).default, arguments(name, values))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The same tests with narrower vectors; where a machine lacks one, with what it has."""
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_narrower_instruction_sets(isa):
+    """The same tests with narrower vectors; where a machine lacks them, with what it has."""
     chosen = ("-k", "uneven-64 or long-128 or cannot or bounds")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, __file__],

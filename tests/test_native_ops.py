@@ -52,7 +52,7 @@ STATES = {
     "short history": State(
         [(33000,)], [F64], history_size=1, pairs=1, oldest=1, fisher_size=1, gradients=1
     ),
-    "many tensors": State([(i % 7,) for i in range(3000)], [F32, BF16]),
+    "many tensors": State([(i % 7,) for i in range(600)], [F32, BF16]),
     "averaged": State([(4097,), (31,)], averaged=True, damped=True, pairs=4, oldest=3),
     "averaged, double": State(
         [(4097,), (1,)], [F64, F16], averaged=True, damped=True, scalar=True, oldest=2
@@ -376,9 +376,9 @@ def test_direction_of_three_million():
     assert ours <= max(1e-6, 3 * sequential)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The same tests with narrower vectors; where a machine lacks one, with what it has."""
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_narrower_instruction_sets(isa):
+    """The same tests with narrower vectors; where a machine lacks them, with what it has."""
     chosen = (
         "halves or agrees and (direction_step or diagonal_step or curvature_pass)"
         " or combination and mixed-False-True or damping and mixed or exact and 4097"

@@ -17,9 +17,8 @@ trap 'rm -rf "$scratch"' EXIT
 
 check() { # source architecture
     nvcc -std=c++17 -O3 -gencode "arch=compute_$2,code=sm_$2" -c "$1" -o "$scratch/$1.$2.o" \
-        -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
-        -Xptxas -v,-Werror,--warn-on-spills,--warn-on-local-memory-usage \
-        >"$scratch/$1.$2.log" 2>&1 || { cat "$scratch/$1.$2.log"; return 1; }
+        --options-file strict.options >"$scratch/$1.$2.log" 2>&1 ||
+        { cat "$scratch/$1.$2.log"; return 1; }
 }
 export -f check
 export scratch
