@@ -152,7 +152,7 @@ def native_library() -> Extension:
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     return Extension(
         "adaqn_cuda._native",
-        sources("csrc/cpu/*.cpp", "csrc/torch/cpu.cpp"),
+        sources("csrc/cpu/*.cpp", "csrc/torch/cpu*.cpp"),
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
         extra_compile_args={
             "cxx": CXX_FLAGS + includes + EXTRA_FLAGS,
@@ -177,7 +177,7 @@ def add_cuda(extension: Extension, home: str) -> list[str]:
     check_toolkit(nvcc, images)
     cpp_extension.CUDA_HOME = home
     toolkit = [path for path in ("lib64", "lib") if (Path(home) / path).exists()]
-    extension.sources += sources("csrc/cuda/*.cu", "csrc/torch/*.cu", "csrc/torch/cuda.cpp")
+    extension.sources += sources("csrc/cuda/*.cu", "csrc/torch/*.cu", "csrc/torch/cuda*.cpp")
     extension.extra_compile_args["nvcc"] += map(gencode, images)
     extension.extra_compile_args["cxx"] += ["-DUSE_CUDA", f"-isystem{home}/include"]
     extension.library_dirs += [str(Path(home) / path) for path in toolkit]

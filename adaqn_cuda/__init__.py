@@ -2,8 +2,18 @@
 
 from .adaqn import AdaQN
 from .blocks import rnn_blocks
+from .lbfgs import DETERMINISTIC, LBFGS
 from .options import PAPER
 from .products import gauss_newton, hessian
 from .version import __version__
 
-__all__ = ["PAPER", "AdaQN", "__version__", "gauss_newton", "hessian", "rnn_blocks"]
+__all__ = [
+    "DETERMINISTIC",
+    "LBFGS",
+    "PAPER",
+    "AdaQN",
+    "__version__",
+    "gauss_newton",
+    "hessian",
+    "rnn_blocks",
+]

@@ -279,7 +279,7 @@ class AdaQN(Optimizer):
         try:
             group = self.param_groups[-1]
             _drop_duplicates(group)
-            _check_dtypes(group["params"])
+            check_dtypes(group["params"])
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
             group["blocks"] = [as_blocks(given.get(p, 1)) for p in group["params"]]
@@ -427,7 +427,7 @@ class AdaQN(Optimizer):
         """
         self._match_blocks()
         params = self._parameters()
-        _check_dtypes(params)
+        check_dtypes(params)
         entries = [self.state.get(p, {}) for p in params]
         if not any(entries):
             self._bind(None, 0)
@@ -780,7 +780,7 @@ def _drop_duplicates(group: dict[str, Any]) -> None:
                 group[name] = [group[name][i] for i in first]
 
 
-def _check_dtypes(params: list[Tensor]) -> None:
+def check_dtypes(params: list[Tensor]) -> None:
     for p in params:
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(

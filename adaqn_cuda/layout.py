@@ -60,6 +60,74 @@ class Flag(IntEnum):
     """Squared norm of the gradient, before clipping."""
 
 
+class Word(IntEnum):
+    """Words of the ``words`` tensor (float64): the line search of a deterministic problem.
+
+    The iterate is ``w``, where the search began; the trial is ``w + t p``.
+    """
+
+    STEP = 0
+    """t of the trial; 0: it is the iterate itself."""
+    TRIALS = 1
+    """Trials that this search has refused."""
+    ITERATIONS = 2
+    """Iterates accepted since the last call of ``step()``."""
+    STATUS = 3
+    """Why the search has stopped, a :class:`Stop`."""
+    TURN = 4
+    """What comes next, a :class:`Turn`."""
+    FORGOTTEN = 5
+    """Searches in a row that have failed, which forgets the pairs."""
+    TRIAL_LOSS = 6
+    TRIAL_SLOPE = 7
+    """g.p at the trial."""
+    TRIAL_MAX = 8
+    """max |g| at the trial."""
+    TRIAL_SUM = 9
+    """sum |g| at the trial."""
+    TRIAL_NONFINITE = 10
+    """Number of elements of g at the trial that are not finite."""
+    LOSS = 11
+    """Of the iterate."""
+    SLOPE = 12
+    """g.p at the iterate."""
+    GRADIENT_SUM = 13
+    """sum |g| at the iterate."""
+    DIRECTION_MAX = 14
+    """max |p|."""
+    GAMMA = 15
+    """Factor of the initial matrix: s.y / y.K y of the newest pair; 1 while there is none."""
+    CURVATURE = 16
+    """s.y of the latest candidate."""
+    SQUARE = 17
+    """y.y of the latest candidate."""
+
+
+class Turn(IntEnum):
+    """Values of ``Word.TURN``."""
+
+    REFUSE = 0
+    """The trial was refused: the direction stays, the step is shortened."""
+    ACCEPT = 1
+    """The trial is the next iterate: a pair, and a new direction."""
+    FORGET = 2
+    """The search has failed: no pairs any more, and a new direction from the iterate."""
+
+
+class Stop(IntEnum):
+    """Values of ``Word.STATUS``: why a search has stopped."""
+
+    NOT = 0
+    GRADIENT = 1
+    STEP = 2
+    LOSS = 3
+    SLOPE = 4
+    SEARCH = 5
+    NONFINITE = 6
+    ITERATIONS = 7
+    EVALUATIONS = 8
+
+
 def pair_slots(history_size: int) -> int:
     """Rows of the pair rings: one spare row takes the candidate, so storing moves an index only.
 

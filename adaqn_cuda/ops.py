@@ -91,6 +91,33 @@ SCHEMAS = {
         "Tensor(c!) moments, Tensor(d!) losses, Tensor(e!) anchor, Tensor(f!) iterate_sum, "
         "Tensor(g!)? momentum, Tensor(h!) counters) -> ()"
     ),
+    "secant_measure": (
+        "(Tensor[] params, Tensor?[] grads, Tensor loss, bool maximize, Tensor direction, "
+        "Tensor(a!) trial, Tensor(b!) words) -> ()"
+    ),
+    "secant_decide": (
+        "(float decrease, float noise, float tolerance_grad, float tolerance_change, "
+        "int max_trials, int max_iter, Tensor counters, Tensor(a!) words) -> ()"
+    ),
+    "secant_keep": "(Tensor[] params, Tensor words, Tensor(a!) origin) -> ()",
+    "secant_pair": (
+        "(Tensor trial, Tensor direction, float absolute, float relative, bool self_scaled, "
+        "Tensor(a!) gradient, Tensor(b!) s_ring, Tensor(c!) y_ring, Tensor(d!) gram, "
+        "Tensor(e!) scales, Tensor(f!) projections, Tensor(g!) counters, Tensor(h!) words) -> ()"
+    ),
+    "secant_residual": (
+        "(Tensor gradient, Tensor y_ring, Tensor gram, Tensor counters, Tensor projections, "
+        "Tensor words, bool identity, Tensor(a!) residual, Tensor(b!) images) -> ()"
+    ),
+    "secant_combine": (
+        "(Tensor gradient, Tensor s_ring, Tensor gram, Tensor scales, Tensor counters, "
+        "Tensor projections, Tensor images, Tensor residual, float lr, float first, "
+        "Tensor(a!) direction, Tensor(b!) words) -> ()"
+    ),
+    "secant_move": (
+        "(Tensor(a!)[] params, Tensor origin, Tensor direction, float? step, float limit, "
+        "Tensor(b!) words) -> ()"
+    ),
 }
 
 _library = torch.library.Library("adaqn", "DEF")

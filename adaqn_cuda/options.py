@@ -45,7 +45,7 @@ CURVATURES = ("fisher", "gradients", "difference", "product")
 PER_GROUP = ("lr", "weight_decay")
 
 
-def _number(
+def number(
     low: float, rule: str, *, strict: bool = False, high: float = inf, infinite: bool = False
 ) -> Callable[[str, Any], None]:
     """A check that a real number is at least ``low`` (above it if ``strict``) and below ``high``.
@@ -54,14 +54,14 @@ def _number(
     """
 
     def check(name: str, value: Any) -> None:
-        number = value
+        real = value
         if isinstance(value, Tensor):
             _check_tensor(name, value)
-            number = value.item()
+            real = value.item()
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected {_kind(name)}, got {value!r}")
-        above = number > low if strict else number >= low
-        if not (above and (number < high or infinite)):
+        above = real > low if strict else real >= low
+        if not (above and (real < high or infinite)):
             raise ValueError(f"{name}: expected {rule}, got {value!r}")
 
     return check
@@ -79,7 +79,7 @@ def _kind(name: str) -> str:
     return "a number or a one-element real tensor" if name in PER_GROUP else "a number"
 
 
-def _count(least: int) -> Callable[[str, Any], None]:
+def count(least: int) -> Callable[[str, Any], None]:
     """A check that an integer is at least ``least``."""
 
     def check(name: str, value: Any) -> None:
@@ -91,7 +91,7 @@ def _count(least: int) -> Callable[[str, Any], None]:
     return check
 
 
-def _choice(*words: str) -> Callable[[str, Any], None]:
+def choice(*words: str) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
         if value not in words:
             raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
@@ -99,17 +99,22 @@ def _choice(*words: str) -> Callable[[str, Any], None]:
     return check
 
 
-def _flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def _optional_flag(name: str, value: Any) -> None:
-    if value is not None:
-        _flag(name, value)
+def optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """The same check of what may be ``None``."""
+
+    def checked(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return checked
 
 
-def _ring_dtype(name: str, value: Any) -> None:
+def ring_dtype(name: str, value: Any) -> None:
     if value not in (None, torch.bfloat16):
         raise ValueError(f"{name}: expected None or torch.bfloat16, got {value!r}")
 
@@ -123,31 +128,31 @@ def _not_differentiable(name: str, value: Any) -> None:
 
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "lr": _number(0.0, "a finite number >= 0"),
-    "weight_decay": _number(0.0, "a finite number >= 0"),
-    "history_size": _count(0),
-    "fisher_size": _count(1),
-    "update_interval": _count(1),
-    "init": _choice(*INITS),
-    "curvature": _choice(*CURVATURES),
-    "decay": _number(0.0, "a number in [0, 1)", high=1.0),
-    "eps": _number(0.0, "a finite number > 0", strict=True),
-    "min_curvature": _number(0.0, "a finite number >= 0"),
-    "max_increase": _number(1.0, "a number >= 1", infinite=True),
-    "momentum": _number(0.0, "a number in [0, 1)", high=1.0),
-    "damping": _number(0.0, "a number in [0, 1)", high=1.0),
-    "max_direction": _number(0.0, "a number > 0", strict=True, infinite=True),
-    "bias_correction": _flag,
-    "max_grad_norm": _number(0.0, "a number > 0", strict=True, infinite=True),
-    "block_size": _count(1),
-    "max_vector_dim": _count(1),
-    "factor_interval": _count(1),
-    "maximize": _flag,
-    "history_dtype": _ring_dtype,
-    "fisher_dtype": _ring_dtype,
-    "fused": _optional_flag,
-    "foreach": _optional_flag,
-    "capturable": _flag,
+    "lr": number(0.0, "a finite number >= 0"),
+    "weight_decay": number(0.0, "a finite number >= 0"),
+    "history_size": count(0),
+    "fisher_size": count(1),
+    "update_interval": count(1),
+    "init": choice(*INITS),
+    "curvature": choice(*CURVATURES),
+    "decay": number(0.0, "a number in [0, 1)", high=1.0),
+    "eps": number(0.0, "a finite number > 0", strict=True),
+    "min_curvature": number(0.0, "a finite number >= 0"),
+    "max_increase": number(1.0, "a number >= 1", infinite=True),
+    "momentum": number(0.0, "a number in [0, 1)", high=1.0),
+    "damping": number(0.0, "a number in [0, 1)", high=1.0),
+    "max_direction": number(0.0, "a number > 0", strict=True, infinite=True),
+    "bias_correction": flag,
+    "max_grad_norm": number(0.0, "a number > 0", strict=True, infinite=True),
+    "block_size": count(1),
+    "max_vector_dim": count(1),
+    "factor_interval": count(1),
+    "maximize": flag,
+    "history_dtype": ring_dtype,
+    "fisher_dtype": ring_dtype,
+    "fused": optional(flag),
+    "foreach": optional(flag),
+    "capturable": flag,
     "differentiable": _not_differentiable,
 }
 

@@ -36,6 +36,11 @@ def rows(params, grads=None, group_sizes=None) -> list[tuple]:
     return result
 
 
+def dense(*lists) -> list[list[Tensor | None]]:
+    """Contiguous tensors in the place of others, as the native library has them."""
+    return [[t if t is None else t.contiguous() for t in tensors] for tensors in lists]
+
+
 def state(vector_type: torch.dtype, numel: int, **buffers: Tensor | None) -> dict[str, int]:
     """Buffers of :class:`adaqn_cuda.arena.Sizes` by name, as the bindings take them."""
     result = {"numel": numel, "slots": 0, "fisher_size": 1, "type": TYPES[vector_type]}
@@ -249,3 +254,71 @@ class EmulatedOps:
         self._module().curvature_commit(
             rows(params), words, address(monitored_loss), min_curvature, max_increase, max_growth
         )
+
+    def secant_measure(self, params, grads, loss, maximize, direction, trial, words):
+        tensors = state(direction.dtype, len(direction), direction=direction, trial=trial)
+        params, grads = dense(params, grads)
+        self._module().secant_measure(
+            rows(params, grads), {**tensors, "words": address(words)},
+            address(loss), TYPES[loss.dtype], maximize,
+        )  # fmt: skip
+
+    def secant_decide(
+        self, decrease, noise, tolerance_grad, tolerance_change, max_trials, max_iter, counters,
+        words,
+    ):  # fmt: skip
+        self._module().secant_decide(
+            state(torch.float64, 0, counters=counters, words=words), decrease, noise,
+            tolerance_grad, tolerance_change, max_trials, max_iter,
+        )  # fmt: skip
+
+    def secant_keep(self, params, words, origin):
+        words = state(origin.dtype, len(origin), words=words, origin=origin)
+        [copies] = dense(params)
+        self._module().secant_keep(rows(copies), words)
+
+    def secant_pair(
+        self, trial, direction, absolute, relative, self_scaled, gradient, s_ring, y_ring, gram,
+        scales, projections, counters, words,
+    ):  # fmt: skip
+        self._module().secant_pair(
+            state(
+                trial.dtype, len(trial), trial=trial, direction=direction, gradient=gradient,
+                s_ring=s_ring, y_ring=y_ring, gram=gram, scales=scales, projections=projections,
+                counters=counters, words=words,
+            ),
+            absolute, relative, self_scaled,
+        )  # fmt: skip
+
+    def secant_residual(
+        self, gradient, y_ring, gram, counters, projections, words, identity, residual, images
+    ):
+        self._module().secant_residual(
+            state(
+                gradient.dtype, len(gradient), gradient=gradient, y_ring=y_ring, gram=gram,
+                counters=counters, projections=projections, words=words, residual=residual,
+                images=images,
+            ),
+            identity,
+        )  # fmt: skip
+
+    def secant_combine(
+        self, gradient, s_ring, gram, scales, counters, projections, images, residual, lr, first,
+        direction, words,
+    ):  # fmt: skip
+        self._module().secant_combine(
+            state(
+                gradient.dtype, len(gradient), gradient=gradient, s_ring=s_ring, gram=gram,
+                scales=scales, counters=counters, projections=projections, images=images,
+                residual=residual, direction=direction, words=words,
+            ),
+            lr, first,
+        )  # fmt: skip
+
+    def secant_move(self, params, origin, direction, step, limit, words):
+        words = state(origin.dtype, len(origin), origin=origin, direction=direction, words=words)
+        [copies] = dense(params)
+        self._module().secant_move(rows(copies), words, step, limit)
+        for p, own in zip(params, copies, strict=True):
+            if p is not own:
+                p.copy_(own)

@@ -59,8 +59,27 @@ from kronecker_properties import OPERATIONS as KRONECKER
 from kronecker_properties import STANDING as STANDING_BLOCKS
 from kronecker_properties import STEP as KRONECKER_STEP
 from problems import plain_adaqn, random_parameters
+from secant_arguments import OPERATIONS as SECANT
+from secant_arguments import Search, check_search
+from secant_properties import CASES as SEARCHES
+from secant_properties import (
+    COMBINE,
+    PAIR,
+    RESIDUAL,
+    check_accepted_alone_keeps,
+    check_decisions,
+    check_long_triangle,
+    check_no_pair,
+    check_overflow,
+    check_refused,
+    check_search_repeatable,
+    check_trial_that_is_not_finite,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaqn_cuda import ops
+from adaqn_cuda import LBFGS, ops
+from adaqn_cuda.layout import Turn
+from adaqn_cuda.lbfgs import DETERMINISTIC
 
 pytestmark = [
     pytest.mark.cuda,
@@ -491,3 +510,192 @@ def test_too_long_a_history_is_refused():
     set_gradients(params, 0)
     with pytest.raises(RuntimeError, match="history_size"):
         optimizer.step()
+
+
+# ------------------------------------------------------------------ L-BFGS
+
+LARGE_SEARCHES = {
+    "3 000 001": Search(numels=(3_000_001,), history_size=20, pairs=20, oldest=7),
+    "3 000 001 in bfloat16": Search(
+        numels=(3_000_001,), history_size=20, pairs=20, oldest=7, pair_dtype=BF16
+    ),
+    "1 000 pairs": Search(numels=(10_007,), history_size=1000, pairs=1000, oldest=300),
+    "4 096 pairs": Search(
+        numels=(1000,), dtypes=(F64,), history_size=4096, pairs=4096, oldest=1000
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*SEARCHES, *LARGE_SEARCHES])
+@pytest.mark.parametrize("operation", SECANT)
+def test_search_operation_agrees_with_the_reference(operation, case):
+    check_search(NATIVE, operation, {**SEARCHES, **LARGE_SEARCHES}[case], "cuda")
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 65, 130])
+def test_images_of_any_number_of_pairs(pairs):
+    case = Search(history_size=130, pairs=pairs, oldest=100)
+    check_search(NATIVE, "direction_images", case, "cuda")
+
+
+@pytest.mark.parametrize("operation", [PAIR, RESIDUAL, COMBINE])
+@pytest.mark.parametrize("case", ["plain", "130 pairs", "bfloat16 rings"])
+def test_refused_trial_changes_nothing(operation, case):
+    check_refused(NATIVE, operation, SEARCHES[case], "cuda")
+
+
+@pytest.mark.parametrize("turn", list(Turn))
+def test_origin_is_the_accepted_trial(turn):
+    check_accepted_alone_keeps(NATIVE, turn, "cuda")
+
+
+@pytest.mark.parametrize("value", [inf, -inf, float("nan")])
+@pytest.mark.parametrize("where", ["direction", "gradient"])
+def test_candidate_that_is_not_finite(where, value):
+    check_no_pair(NATIVE, value, where, SEARCHES["plain"], "cuda")
+    check_trial_that_is_not_finite(NATIVE, value, "cuda")
+
+
+def test_overflow_of_a_pair():
+    check_overflow(NATIVE, "cuda")
+
+
+def test_decisions_of_a_search():
+    check_decisions(NATIVE, "cuda")
+
+
+@pytest.mark.parametrize("pairs", [31, 32, 33, 64, 257, 700])
+@pytest.mark.parametrize("operation", [RESIDUAL, COMBINE])
+def test_long_triangle(operation, pairs):
+    check_long_triangle(NATIVE, operation, pairs, "cuda")
+
+
+@pytest.mark.parametrize("case", ["plain", "130 pairs", "3 000 001"])
+@pytest.mark.parametrize("operation", SECANT)
+def test_same_bits_of_a_search_on_repetition(operation, case):
+    check_search_repeatable(NATIVE, operation, {**SEARCHES, **LARGE_SEARCHES}[case], "cuda")
+
+
+def valley(params):
+    """Rosenbrock's function of all parameters."""
+    x = torch.cat([p.reshape(-1) for p in params])
+    return (20 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).mean()
+
+
+def search_parameters():
+    shapes = ((6, 5), (4,), (), (3, 2))
+    return [torch.nn.Parameter(p.detach().cuda()) for p in random_parameters(shapes, F64)]
+
+
+def evaluations(kind, params, **options):
+    """Losses of three calls of ``step()``."""
+    optimizer, losses = kind(params, max_iter=8, **options), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = valley(params)
+        loss.backward()
+        losses.append(loss.detach())
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    return torch.stack(losses).cpu()
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+def test_same_evaluations_as_torchs_lbfgs(line_search_fn):
+    options = dict(lr=1 if line_search_fn else 0.1, line_search_fn=line_search_fn)
+    theirs = evaluations(torch.optim.LBFGS, search_parameters(), **options)
+    ours = evaluations(LBFGS, search_parameters(), **options)
+    assert len(ours) == len(theirs)
+    torch.testing.assert_close(ours[:15], theirs[:15], rtol=1e-6, atol=0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the copies of device numbers to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        outputs = [result] if isinstance(result, torch.Tensor) else []
+        to_host = any(
+            isinstance(a, torch.Tensor) and a.is_cuda and not out.is_cuda
+            for out in outputs
+            for a in args
+        )
+        self.count += to_host or func is torch.ops.aten._local_scalar_dense.default
+        return result
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+def test_at_most_one_read_per_evaluation(line_search_fn):
+    params = search_parameters()
+    optimizer, calls = LBFGS(params, lr=0.1, line_search_fn=line_search_fn), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = valley(params)
+        loss.backward()
+        calls.append(1)
+        return loss
+
+    with Reads() as reads:
+        optimizer.step(closure)
+    assert 0 < reads.count <= len(calls)
+
+
+SEARCH_OPTIONS = {
+    "armijo": dict(line_search_fn="armijo", lr=1),
+    "deterministic": dict(DETERMINISTIC),
+}
+
+
+@pytest.mark.parametrize("name", SEARCH_OPTIONS)
+def test_armijo_never_waits_in_a_step(no_synchronisation, name):
+    """But for the counts of the call before, which a step reads first."""
+    params = search_parameters()
+    optimizer = LBFGS(params, max_iter=6, **SEARCH_OPTIONS[name])
+
+    def closure():
+        no_synchronisation()
+        optimizer.zero_grad()
+        loss = valley(params)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.stats()["stored"] > 3
+
+
+def test_captured_armijo_iterations():
+    """A graph of one evaluation and what follows it, replayed, is what happens eagerly."""
+    results = []
+    for captured in (False, True):
+        params = search_parameters()
+        optimizer = LBFGS(params, max_iter=4, history_size=8, **SEARCH_OPTIONS["armijo"])
+
+        def closure(params=params, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=False)
+            loss = valley(params)
+            loss.backward()
+            return loss
+
+        for _ in range(4):  # the rings have all their rows
+            optimizer.step(closure)
+        optimizer.stats()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step(closure)
+            for _ in range(3):
+                graph.replay()
+        else:
+            for _ in range(3):
+                optimizer.step(closure)
+        results.append([p.detach().clone() for p in params])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -22,6 +22,7 @@ The modules, in the order in which they build on one another:
 :mod:`.direction`    a step with pairs: its three passes
 :mod:`.iterate`      the averaged iterate, put in the parameters' place and taken out again
 :mod:`.pairs`        the pair update: its two passes, and reset, store or skip
+:mod:`.secant`       pairs of successive iterates on a deterministic loss, and the line search
 ===================  ==========================================================================
 
 Symbols (the flat vectors hold every parameter of the optimizer, one after the other):
@@ -89,7 +90,23 @@ from .pairs import (
     displacement,
     initial_product,
 )
-from .recursion import backward_coefficients, forward_coefficients, free_slot, scalar_initial_matrix
+from .recursion import (
+    backward_coefficients,
+    forward_coefficients,
+    free_slot,
+    newest_slot,
+    scalar_initial_matrix,
+)
+from .secant import (
+    product,
+    secant_combine,
+    secant_decide,
+    secant_keep,
+    secant_measure,
+    secant_move,
+    secant_pair,
+    secant_residual,
+)
 
 __all__ = [
     "average",
@@ -120,9 +137,18 @@ __all__ = [
     "kronecker_step",
     "look_ahead_from_new",
     "moving_moments",
+    "newest_slot",
     "old_and_new",
     "presence",
+    "product",
     "scalar_initial_matrix",
+    "secant_combine",
+    "secant_decide",
+    "secant_keep",
+    "secant_measure",
+    "secant_move",
+    "secant_pair",
+    "secant_residual",
     "shorten_outlier",
     "step_is_accepted",
     "write_back",

@@ -20,7 +20,9 @@ constexpr int64_t kChunk = 16384;
 constexpr int64_t kBlock = 8192;
 static_assert(kChunk % kBlock == 0);
 
-inline int64_t chunk_count(int64_t size) { return (size + kChunk - 1) / kChunk; }
+inline int64_t chunk_count(int64_t size, int64_t length = kChunk) {
+  return (size + length - 1) / length;
+}
 
 /// Which end of the vector comes first.  A pass that starts where the one before it ended finds
 /// the end of it in the cache.
@@ -36,13 +38,14 @@ struct ChunkTask {
   const Body& body;
   Order order;
   int64_t size;
+  int64_t length;
   int64_t chunks;
 
   template <Isa isa>
   void run(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t chunk = order == Order::forward ? i : chunks - 1 - i;
-      body(chunk, chunk * kChunk, std::min(size, (chunk + 1) * kChunk));
+      body(chunk, chunk * length, std::min(size, (chunk + 1) * length));
     }
   }
 };
@@ -101,8 +104,9 @@ auto widest_runner() {
 
 /// Calls body(chunk, begin, end) for every chunk begin..end of 0..size.
 template <class Body>
-void for_chunks(ParallelFor parallel_for, int64_t size, Order order, const Body& body) {
-  ChunkTask<Body> task{body, order, size, chunk_count(size)};
+void for_chunks(ParallelFor parallel_for, int64_t size, Order order, const Body& body,
+                int64_t length = kChunk) {
+  ChunkTask<Body> task{body, order, size, length, chunk_count(size, length)};
   parallel_for(task.chunks, widest_runner<ChunkTask<Body>>(), &task);
 }
 
@@ -123,8 +127,8 @@ inline void for_blocks(int64_t begin, int64_t end, const Body& body) {
 /// One row of `width` sums for every chunk, added up in the order of the chunks.
 class PartialSums {
  public:
-  PartialSums(int64_t size, int width)
-      : width_(width), sums_(static_cast<size_t>(chunk_count(size) * width)) {}
+  PartialSums(int64_t size, int width, int64_t length = kChunk)
+      : width_(width), sums_(static_cast<size_t>(chunk_count(size, length) * width)) {}
 
   double* of(int64_t chunk) { return sums_.data() + chunk * width_; }
 

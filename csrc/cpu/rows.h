@@ -63,6 +63,32 @@ inline void add_products(const std::vector<const R*>& rows, int64_t at, int64_t 
   }
 }
 
+/// sums[i] += rows[i][at..at+n] . x and others[i] += rows[i][at..at+n] . y, of which rows are read
+/// once.
+template <class T, class R>
+inline void add_two_products(const std::vector<const R*>& rows, int64_t at, int64_t n, const T* x,
+                             const T* y, double* sums, double* others) {
+  size_t i = 0;
+  for (; i + 2 <= rows.size(); i += 2) {
+    const R *r0 = rows[i] + at, *r1 = rows[i + 1] + at;
+    T x0 = 0, x1 = 0, y0 = 0, y1 = 0;
+#pragma omp simd reduction(+ : x0, x1, y0, y1)
+    for (int64_t k = 0; k < n; ++k) {
+      x0 += widen(r0[k]) * x[k];
+      x1 += widen(r1[k]) * x[k];
+      y0 += widen(r0[k]) * y[k];
+      y1 += widen(r1[k]) * y[k];
+    }
+    sums[i] += x0;
+    sums[i + 1] += x1;
+    others[i] += y0;
+    others[i + 1] += y1;
+  }
+  const std::vector<const R*> last(rows.begin() + static_cast<int64_t>(i), rows.end());
+  add_products(last, at, n, x, sums + i);
+  add_products(last, at, n, y, others + i);
+}
+
 /// x += sum_i coefficients[i] rows[i][at..at+n]
 template <class T, class R>
 inline void add_combination(const std::vector<const R*>& rows, const std::vector<T>& coefficients,

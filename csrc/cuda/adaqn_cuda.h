@@ -10,10 +10,13 @@
 
 #include <cstdint>
 
+#include "../common/secant.h"
+
 namespace adaqn::cuda {
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
 
+/// Pairs of a step whose passes keep a sum for each; other operations take any number.
 constexpr int kMaxHistory = 64;
 
 /// A parameter: contiguous, in device memory.
@@ -39,7 +42,7 @@ struct Ring {
 struct State {
   int64_t numel;        // d
   int64_t fisher_size;  // rows of `fisher`; 1 where there are none
-  int32_t slots;        // history_size + 1; 0 without pairs
+  int32_t slots;        // rows of the pair rings: history_size + 1; 0 without pairs
   Type type;            // vectors: f32 or f64
   Type pair_type;       // s_ring and y_ring: as `type`, or bf16
   Type fisher_type;     // fisher: as `type`, or bf16
@@ -88,6 +91,19 @@ struct Kronecker {
   void *factors, *bases;  // of State::type
   double* square;         // the average |g|^2
   int64_t call, interval;
+};
+
+/// What L-BFGS on a deterministic loss has beside State, of which it uses the pairs, `direction`,
+/// `projections`, `images` and `counters`; see adaqn_cuda/reference/secant.py.
+struct Search {
+  void *trial, *gradient, *origin, *residual;  // of State::type
+  double *scales, *words;
+};
+
+/// A number in device memory, of any type.
+struct Number {
+  const void* data;
+  Type type;
 };
 
 /// Where to run.  `workspace` is device memory of `workspace_bytes`, with any content, that no
@@ -142,5 +158,24 @@ cudaError_t curvature_pass_b(const State&, const Queue&);
 cudaError_t curvature_commit(const Parameters&, const State&, const double* monitored_loss,
                              double min_curvature, double max_increase, double max_growth,
                              const Queue&);
+
+// ---- L-BFGS on a deterministic loss: any number of pairs; what comes next is read from
+// Search::words.
+
+size_t secant_workspace_bytes(const Parameters&, const State&);
+
+cudaError_t secant_measure(const Parameters&, const State&, const Search&, const Number& loss,
+                           bool maximize, const Queue&);
+cudaError_t secant_decide(const State&, const Search&, const SearchRule&, const Queue&);
+cudaError_t secant_keep(const Parameters&, const State&, const Search&, const Queue&);
+cudaError_t secant_pair(const State&, const Search&, const PairRule&, const Queue&);
+
+/// `identity`: `images` wait for direction_images.
+cudaError_t secant_residual(const State&, const Search&, bool identity, const Queue&);
+cudaError_t secant_combine(const State&, const Search&, double lr, double first, const Queue&);
+
+/// `step`: null for that of the words; in host memory.
+cudaError_t secant_move(const Parameters&, const State&, const Search&, const double* step,
+                        double limit, const Queue&);
 
 }  // namespace adaqn::cuda

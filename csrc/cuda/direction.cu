@@ -11,6 +11,7 @@
 #include "control.cuh"
 #include "descent.cuh"
 #include "launch.cuh"
+#include "products.cuh"
 #include "step.cuh"
 
 namespace adaqn::cuda {
@@ -69,32 +70,15 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
   if (!identity) store_with_squares(memory, y.count, partials);
 }
 
-/// z_i, where another initial matrix has made r.  Partial sums as in pass 2.
-template <class T, class H>
-__device__ void products_of_direction(const State& state, bool aligned, const StepMemory<T>& memory,
-                                      const Partials& partials) {
-  if (!memory.accepted()) return;
-  const Rows<H> y = stored_rows<H>(state.y_ring, memory.ring());
-  const T* direction = static_cast<const T*>(state.direction);
-  Sums<T> sums(memory.sums, y.count);
-  visit_flat<T, kWidth<H>>(state.numel, aligned, Order::backward, [&](const auto& at) {
-    T r[kPackWidth<decltype(at)>];
-    load(direction, at, r);
-    add_products<Cache::stream>(y, at, r, sums, 0);
-  });
-  store_partials<T>(memory.sums, y.count, partials);
-}
-
-/// images, from the partial sums of pass 2; without |H0 q|^2 if those are z alone.
+/// images, from the partial sums of pass 2.
 template <class T>
-__device__ void collect_images(const StepMemory<T>& memory, bool with_square,
-                               const Partials& partials) {
+__device__ void collect_images(const StepMemory<T>& memory, const Partials& partials) {
   const PairRing ring = memory.ring();
-  sum_partials<T>(partials, ring.pairs + with_square, memory.totals);
+  sum_partials<T>(partials, ring.pairs + 1, memory.totals);
   for (int age = threadIdx.x; age < memory.slots; age += blockDim.x) {
     memory.images[ring.slot(age)] = age < ring.pairs ? finite_or_zero(memory.totals[age]) : 0.0;
   }
-  if (with_square && threadIdx.x == 0) memory.images[memory.slots] = memory.totals[ring.pairs];
+  if (threadIdx.x == 0) memory.images[memory.slots] = memory.totals[ring.pairs];
   __syncthreads();
 }
 
@@ -193,24 +177,14 @@ ADAQN_PASS_KERNEL pass2_kernel(const __grid_constant__ Segments<Capacity> table,
   pass2<T, H>(table, state, scaling, averages, identity, memory, partials);
 }
 
-template <class T, class H>
-ADAQN_PASS_KERNEL images_kernel(const __grid_constant__ State state, bool aligned,
-                                Partials partials) {
-  StepMemory<T> memory(shared_memory(), state.slots);
-  load_control(state, memory);
-  load_projections(state, memory);
-  products_of_direction<T, H>(state, aligned, memory, partials);
-}
-
 template <class T>
-ADAQN_PASS_KERNEL finish_images_kernel(const __grid_constant__ State state, bool with_square,
-                                       Partials partials) {
+ADAQN_PASS_KERNEL finish_images_kernel(const __grid_constant__ State state, Partials partials) {
   StepMemory<T> memory(shared_memory(), state.slots);
   load_control(state, memory);
   load_projections(state, memory);
   if (!memory.accepted()) return;
-  collect_images(memory, with_square, partials);
-  copy_words(state.images, memory.images, memory.slots + with_square);
+  collect_images(memory, partials);
+  copy_words(state.images, memory.images, memory.slots + 1);
 }
 
 template <class T, class H, int Capacity>
@@ -265,7 +239,7 @@ ADAQN_PASS_KERNEL step_kernel(const __grid_constant__ Segments<Capacity> table,
   pass2<T, H>(table, state, scaling, averages, false, memory, partials2);
   grid.sync();
   if (memory.accepted()) {
-    collect_images(memory, true, partials2);
+    collect_images(memory, partials2);
     solve_forward(state, memory);
     pass3<T, H>(table, state, rates, capped, memory, partials1);  // whose sums have been read
   }
@@ -328,7 +302,8 @@ size_t workspace_bytes(const Parameters& list, const State& state) {
   const int64_t of_passes = (state.slots + flag::count) + (state.slots + 1);
   const int64_t rows = std::max<int64_t>(of_passes, state.fisher_size + 1);
   const int64_t tables = total_blocks<double, 1>(list, limit);
-  return size_t(rows * std::max<int64_t>(tables, limit)) * sizeof(double);
+  const int64_t words = rows * std::max<int64_t>(tables, limit);
+  return size_t(std::max(words, product_words(state.slots, limit))) * sizeof(double);
 }
 
 cudaError_t direction_pass1(const Parameters& list, const State& state, const Scaling& scaling,
@@ -359,23 +334,7 @@ cudaError_t direction_pass2(const Parameters& list, const State& state, const Sc
     };
     ADAQN_CUDA_TRY((for_each_step_launch<T, H>(list, state, partials, enqueue)));
     if (identity) return cudaSuccess;
-    return launch(finish_images_kernel<T>, one_block<T>(state), queue.stream, state, true,
-                  partials);
-  });
-}
-
-cudaError_t direction_images(const State& state, const Queue& queue) {
-  return with_types(state.type, state.pair_type, [&](auto types) {
-    using T = typename decltype(types)::T;
-    using H = typename decltype(types)::H;
-    Shape shape;
-    Partials partials;
-    ADAQN_CUDA_TRY((flat_launch<T, kWidth<H>>(state, queue, &shape, &partials)));
-    shape.shared_bytes = step_shared_bytes<T>(state);
-    ADAQN_CUDA_TRY(
-        launch(images_kernel<T, H>, shape, queue.stream, state, is_aligned(state), partials));
-    return launch(finish_images_kernel<T>, one_block<T>(state), queue.stream, state, false,
-                  partials);
+    return launch(finish_images_kernel<T>, one_block<T>(state), queue.stream, state, partials);
   });
 }
 

@@ -42,18 +42,24 @@ __device__ T block_max(T x, T* memory) {
   return x;
 }
 
-/// Adds up `memory`, where Sums put them, over the threads of a block for vectors of T, into rows
-/// 0..count-1 of `partials`.  All threads of the block call it.
+/// Adds up `memory`, where Sums put them, over the threads of a block for vectors of T: sum i goes
+/// to out[i * stride].  All threads of the block call it.
 template <class T, class Sum>
-__device__ void store_partials(const Sum* memory, int count, const Partials& partials) {
+__device__ void store_sums(const Sum* memory, int count, double* out, int64_t stride) {
   __syncthreads();
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += kThreads<T> / 32) {
     double sum = 0;
     for (int t = lane; t < kThreads<T>; t += 32) sum += memory[i * kThreads<T> + t];
     sum = warp_sum(sum);
-    if (lane == 0) partials.data[i * partials.columns + partials.first + blockIdx.x] = sum;
+    if (lane == 0) out[i * stride] = sum;
   }
+}
+
+/// The same, into rows 0..count-1 of `partials`.
+template <class T, class Sum>
+__device__ void store_partials(const Sum* memory, int count, const Partials& partials) {
+  store_sums<T>(memory, count, partials.data + partials.first + blockIdx.x, partials.columns);
 }
 
 /// Totals of rows 0..count-1 of `partials` to out[i].  All threads of the block call it; the

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -72,6 +73,19 @@ State state_of(const py::dict& d) {
   s.column = words("column");
   s.counters = pointer<int64_t>(address("counters"));
   return s;
+}
+
+Search search_of(const py::dict& d) {
+  auto address = [&](const char* name) {
+    return d.contains(name) ? d[name].cast<uintptr_t>() : uintptr_t(0);
+  };
+  auto vector = [&](const char* name) { return pointer<void>(address(name)); };
+  return {vector("trial"),
+          vector("gradient"),
+          vector("origin"),
+          vector("residual"),
+          pointer<double>(address("scales")),
+          pointer<double>(address("words"))};
 }
 
 /// A workspace of exactly the size asked for, full of NaN, whose overrun is an error.
@@ -145,6 +159,15 @@ void run(const std::vector<Row>& rows, const py::dict& d, const KroneckerRow& ro
   const Kronecker kronecker = kronecker_of(row);
   Workspace workspace(workspace_bytes(list, state, kronecker));
   workspace.check(operation(list, state, kronecker, workspace.queue()));
+}
+
+/// Runs operation(list, state, search, queue).
+template <class Operation>
+void run_search(const std::vector<Row>& rows, const py::dict& d, Operation operation) {
+  const List list(rows);
+  const State state = state_of(d);
+  Workspace workspace(secant_workspace_bytes(list, state));
+  workspace.check(operation(list, state, search_of(d), workspace.queue()));
 }
 
 }  // namespace
@@ -241,4 +264,50 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
                               max_growth, queue);
     });
   });
+  m.def("secant_measure",
+        [](const Rows& rows, const py::dict& d, uintptr_t loss, int type, bool maximize) {
+          run_search(rows, d,
+                     [&](const Parameters& list, const State& s, const Search& search,
+                         const Queue& queue) {
+                       return secant_measure(list, s, search, {pointer<void>(loss), Type(type)},
+                                             maximize, queue);
+                     });
+        });
+  m.def("secant_decide", [](const py::dict& d, double decrease, double noise, double tolerance_grad,
+                            double tolerance_change, int64_t max_trials, int64_t max_iter) {
+    run_search(
+        {}, d, [&](const Parameters&, const State& s, const Search& search, const Queue& queue) {
+          return secant_decide(
+              s, search, {decrease, noise, tolerance_grad, tolerance_change, max_trials, max_iter},
+              queue);
+        });
+  });
+  m.def("secant_keep",
+        [](const Rows& rows, const py::dict& d) { run_search(rows, d, secant_keep); });
+  m.def("secant_pair", [](const py::dict& d, double absolute, double relative, bool self_scaled) {
+    run_search({}, d,
+               [&](const Parameters&, const State& s, const Search& search, const Queue& queue) {
+                 return secant_pair(s, search, {absolute, relative, self_scaled}, queue);
+               });
+  });
+  m.def("secant_residual", [](const py::dict& d, bool identity) {
+    run_search({}, d,
+               [&](const Parameters&, const State& s, const Search& search, const Queue& queue) {
+                 return secant_residual(s, search, identity, queue);
+               });
+  });
+  m.def("secant_combine", [](const py::dict& d, double lr, double first) {
+    run_search({}, d,
+               [&](const Parameters&, const State& s, const Search& search, const Queue& queue) {
+                 return secant_combine(s, search, lr, first, queue);
+               });
+  });
+  m.def("secant_move",
+        [](const Rows& rows, const py::dict& d, std::optional<double> step, double limit) {
+          run_search(rows, d,
+                     [&](const Parameters& list, const State& s, const Search& search,
+                         const Queue& queue) {
+                       return secant_move(list, s, search, step ? &*step : nullptr, limit, queue);
+                     });
+        });
 }

@@ -240,6 +240,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::exchange(value, unsigned(lane));
+}
+
+template <class T>
 T __ldcs(const T* p) {
   return *p;
 }

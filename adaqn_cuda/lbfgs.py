@@ -1,0 +1,478 @@
+"""L-BFGS for deterministic problems: torch's interface, the operations of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import ops
+from .adaqn import check_dtypes
+from .arena import real_view
+from .history import History
+from .interrupts import uninterrupted
+from .layout import Counter, Stop, Word
+from .options import choice, count, flag, number, optional, ring_dtype
+from .plan import Cut, Plan
+from .precision import full_precision
+from .saved import check_mapping
+from .search import Search
+
+#: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
+DETERMINISTIC: dict[str, Any] = {
+    "history_size": 1000,
+    "line_search_fn": "armijo",
+    "init": "kronecker",
+    "self_scaled": True,
+    "min_curvature": 1e-12,
+    "tolerance_grad": 0.0,
+    "tolerance_change": 0.0,
+}
+
+INITS = ("scalar", "kronecker", "rmsprop")
+#: What ``stats()`` says of :class:`layout.Stop`.
+REASONS = {
+    Stop.GRADIENT: "converged: no element of the gradient exceeds tolerance_grad",
+    Stop.STEP: "converged: the step changed no parameter by more than tolerance_change",
+    Stop.LOSS: "converged: the loss changed by less than tolerance_change",
+    Stop.SLOPE: "converged: the slope along the direction is less than tolerance_change",
+    Stop.SEARCH: "line search failed: no lower loss along the direction",
+    Stop.NONFINITE: "loss or gradient is not finite",
+    Stop.ITERATIONS: "max_iter",
+    Stop.EVALUATIONS: "max_eval",
+}
+
+
+def _rate(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: Tensor {name} must be 1-element, got {tuple(value.shape)}")
+        value = value.item()
+    number(0.0, "a finite number >= 0")(name, value)
+
+
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lr": _rate,
+    "max_iter": count(1),
+    "max_eval": optional(count(1)),
+    "tolerance_grad": number(0.0, "a number >= 0", infinite=True),
+    "tolerance_change": number(0.0, "a number >= 0", infinite=True),
+    "history_size": count(0),
+    "line_search_fn": optional(choice("strong_wolfe", "armijo")),
+    "init": choice(*INITS),
+    "self_scaled": flag,
+    "min_curvature": optional(number(0.0, "a number in [0, 1)", high=1.0)),
+    "first_step": optional(number(0.0, "a finite number > 0", strict=True)),
+    "decay": number(0.0, "a number in [0, 1)", high=1.0),
+    "eps": number(0.0, "a finite number > 0", strict=True),
+    "block_size": count(1),
+    "factor_interval": count(1),
+    "maximize": flag,
+    "history_dtype": ring_dtype,
+    "fused": optional(flag),
+}
+#: Options that give the state its shape.
+STRUCTURAL = ("history_size", "init", "block_size", "history_dtype")
+
+
+class LBFGS(Optimizer):
+    r"""Implements L-BFGS for losses that are evaluated on all data, every time.
+
+    A drop-in for :class:`torch.optim.LBFGS`: with the same arguments it makes the same evaluations
+    and, to rounding, finds the same losses. The direction takes a few fused operations whatever the
+    number of pairs, where torch takes several for each.
+
+    The direction is :math:`p = -H g` with :math:`H` the inverse Hessian of the stored pairs
+    :math:`s = w' - w`, :math:`y = g' - g` on an initial matrix :math:`\gamma K`,
+    :math:`\gamma = s^\top y / y^\top K y` of the newest pair. Beyond torch's, all keyword-only:
+
+    - :math:`K` may be the adaptive matrix of :class:`AdaQN`, which takes in the gradients of all
+      iterates (``init="kronecker"`` or ``"rmsprop"``);
+    - pairs may scale down what older ones say (``self_scaled``): with
+      :math:`\tau = \min(1, y^\top s / s^\top B s)`, the update of :math:`H` starts from
+      :math:`H / \tau` (Oren & Luenberger 1974; Al-Baali 1998);
+    - Armijo's rule (``line_search_fn="armijo"``) needs one loss per trial, and takes its decisions
+      on the device: :meth:`step` waits for it once.
+
+    ``LBFGS(params, **DETERMINISTIC)`` has all three, and keeps up to 1000 pairs.
+
+    A trial whose loss or gradient is not finite shortens the step, and never enters the history; if
+    none is finite, the parameters go back to where they were.
+
+    The state takes ``2 history_size + 7`` numbers per parameter once all pairs are there, and grows
+    as they come; ``init="kronecker"`` takes up to 5 more (see :class:`AdaQN`), ``"rmsprop"`` 1.
+    It is float64 where a parameter is, and at least float32. In float32 a loss can be found to
+    about seven digits, and with them its minimum to about 3e-4 in the parameters; take float64
+    where that is not enough, as physics-informed networks mostly need.
+
+    Args:
+        params (iterable): parameters, or named parameters, or dicts that define parameter groups,
+            which must agree on all options. Complex ones count as pairs of real numbers. All live
+            on one device.
+        lr (float, Tensor, optional): learning rate: the step that is tried first (default: 1).
+        max_iter (int, optional): maximal number of iterations per optimization step (default: 20).
+        max_eval (int, optional): maximal number of function evaluations per optimization step
+            (default: ``max_iter * 1.25``).
+        tolerance_grad (float, optional): termination tolerance on first order optimality, the
+            largest element of the gradient (default: 1e-7).
+        tolerance_change (float, optional): termination tolerance on function value/parameter
+            changes (default: 1e-9).
+        history_size (int, optional): pairs kept, any number; 0 for none (default: 100).
+        line_search_fn (str, optional): ``"strong_wolfe"``, ``"armijo"`` or ``None``
+            (default: ``None``).
+        init (str, optional): the initial matrix :math:`K`: ``"scalar"``, ``"kronecker"`` or
+            ``"rmsprop"`` (default: ``"scalar"``).
+        self_scaled (bool, optional): scale the matrix by :math:`1/\tau` at every pair
+            (default: ``False``).
+        min_curvature (float, optional): a pair is stored if :math:`s^\top y` exceeds this multiple
+            of :math:`|s| |y|`. ``None`` asks for :math:`s^\top y > 10^{-10}`, as torch does, which
+            ends the gain of curvature as a problem converges (default: ``None``).
+        first_step (float, optional): length of a step while there are no pairs, as a multiple of
+            ``lr``. ``None`` for :math:`\min(1, 1 / \sum |g|)`, as torch has it, and 1e-3 where
+            ``init`` is no scalar (default: ``None``).
+        decay (float, optional): decay of the averages in :math:`K`, in [0, 1) (default: 0.98).
+        eps (float, optional): added inside the root of :math:`K` (default: 1e-16).
+        block_size (int, optional): longest piece of a matrix's side that has a factor in
+            ``"kronecker"`` (default: 128).
+        factor_interval (int, optional): iterations between two updates of an eigenbasis
+            (default: 5).
+        maximize (bool, optional): maximize the objective (default: ``False``).
+        history_dtype (torch.dtype, optional): dtype of the pairs: ``None`` for the state's own, or
+            ``torch.bfloat16`` (default: ``None``).
+        fused (bool, optional): ``None`` takes native kernels where there are any, ``True`` insists
+            on them, ``False`` takes the PyTorch reference (default: ``None``).
+
+    Raises:
+        ValueError: an option is out of range, or differs between groups.
+        TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
+        RuntimeError: ``fused=True`` without native kernels.
+
+    Example:
+        >>> optimizer = LBFGS(model.parameters(), max_iter=100, **DETERMINISTIC)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = loss_fn(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure)
+        >>> optimizer.stats()["stopped"]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+        *,
+        init: str = "scalar",
+        self_scaled: bool = False,
+        min_curvature: float | None = None,
+        first_step: float | None = None,
+        decay: float = 0.98,
+        eps: float = 1e-16,
+        block_size: int = 128,
+        factor_interval: int = 5,
+        maximize: bool = False,
+        history_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        values = locals()
+        defaults = {name: values[name] for name in CHECKS}
+        _validate(defaults)
+        if max_eval is None:
+            defaults["max_eval"] = max_iter * 5 // 4
+        self._prepare()
+        super().__init__(params, defaults)
+        if fused:
+            ops.select_backend(self._parameters()[0].device, fused)
+
+    def _prepare(self) -> None:
+        """What is neither option nor state."""
+        self._history: History | None = None
+        self._stopped = Stop.NOT
+        self._uncounted = False
+
+    # ------------------------------------------------------------------ parameters and options
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: an option differs from that of the others.
+            TypeError: a parameter is neither floating-point nor complex.
+            RuntimeError: there have been steps; the pairs would not fit.
+        """
+        if self._history is not None:
+            raise RuntimeError(
+                "params: a group cannot join once there are pairs; make a new optimizer"
+            )
+        super().add_param_group(param_group)
+        try:
+            check_dtypes(self.param_groups[-1]["params"])
+            self._options()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _options(self) -> dict[str, Any]:
+        """The options that all groups share, checked."""
+        first, *others = self.param_groups
+        for group in others:
+            for name in CHECKS:
+                if not _same(group[name], first[name]):
+                    raise ValueError(
+                        f"{name}: a parameter group has {group[name]!r}, and another "
+                        f"{first[name]!r}; there is one direction for all parameters, so groups "
+                        "must agree"
+                    )
+        _validate(first)
+        history = self._history
+        changed = [n for n in STRUCTURAL if history and first[n] != self._fixed[n]]
+        if changed:
+            raise RuntimeError(
+                f"{changed[0]}: was {self._fixed[changed[0]]!r} when the state was made, and is "
+                f"{first[changed[0]]!r} now; set it back, or make a new optimizer"
+            )
+        return first
+
+    def _new_history(self, options: Mapping[str, Any]) -> History:
+        params = self._parameters()
+        devices = sorted({str(p.device) for p in params})
+        if len(devices) > 1:
+            raise ValueError(
+                f"params: expected all on one device, got {', '.join(devices)}; give each device "
+                "an optimizer of its own"
+            )
+        real = [real_view(p.detach()) for p in params]
+        with torch.inference_mode(False):
+            plan = self._plan(real, options)
+            return History(real, options["history_size"], plan, options["history_dtype"])
+
+    @staticmethod
+    def _plan(params: list[Tensor], options: Mapping[str, Any]) -> Plan | None:
+        if options["init"] == "scalar":
+            return None
+        size = options["block_size"] if options["init"] == "kronecker" else None
+        shapes = [p.shape for p in params]
+        cuts = [Cut((shape[0] if shape else 1,), size) for shape in shapes]
+        return Plan(shapes, cuts, options["block_size"])
+
+    def _bind(self, history: History) -> None:
+        self._history = history
+        self._fixed = {name: self.param_groups[0][name] for name in STRUCTURAL}
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step: up to ``max_iter`` iterations.
+
+        Args:
+            closure (Callable): clears the gradients, computes the loss, calls ``backward()`` and
+                returns the loss.
+
+        Returns:
+            What the closure returned first, at the parameters as they were.
+
+        Raises:
+            RuntimeError: there is no closure, it leaves no gradient, or an option has changed that
+                gives the state its shape.
+            TypeError: the closure does not return a loss.
+            ValueError: the loss is not one real number, or is on another device.
+
+        If the closure raises, the parameters are where the last iteration ended.
+        """
+        if not callable(closure):
+            raise RuntimeError(
+                f"closure: expected a function that evaluates loss and gradient, got {closure!r}; "
+                "L-BFGS needs them at several points: pass optimizer.step(closure)"
+            )
+        options = self._options()
+        self._count()
+        state = self.state[self._parameters()[0]]
+        state.setdefault("func_evals", 0)
+        state.setdefault("n_iter", 0)
+        if self._history is None:
+            self._bind(self._new_history(options))
+        device = self._history.device
+        backend = ops.select_backend(device, options["fused"])
+        with full_precision(device), uninterrupted() as hold:
+            search = Search(
+                backend.ops, backend.name == "native", self._parameters(), self._history, options,
+                closure, hold, state["n_iter"] > 0,
+            )  # fmt: skip
+            try:
+                self._run(search)
+            except BaseException:
+                search.go_back()
+                raise
+            finally:
+                state["func_evals"] += search.evaluations
+                state["n_iter"] += search.iterations
+        return search.returned
+
+    def _run(self, search: Search) -> None:
+        if search.options["line_search_fn"] == "armijo":
+            self._uncounted = True
+            search.run_armijo()
+            if search.reads:
+                self._count()
+        else:
+            self._stopped = search.run()
+
+    def _count(self) -> None:
+        """Count the iterations that were decided on the device, which this waits for."""
+        if not self._uncounted:
+            return
+        self._uncounted = False
+        words = self._history.words.tolist()
+        self.state[self._parameters()[0]]["n_iter"] += int(words[Word.ITERATIONS])
+        stopped = Stop(int(words[Word.STATUS]))
+        self._stopped = Stop.EVALUATIONS if stopped is Stop.NOT else stopped
+
+    # ------------------------------------------------------------------ what users look at
+
+    def stats(self) -> dict[str, Any]:
+        """What has happened, and what the memory holds. Waits for the device.
+
+        Returns:
+            dict: ``stopped`` (why the last :meth:`step` ended, in words; ``None`` before the
+            first), ``iterations`` and ``evaluations`` (since the start), ``pairs`` (in memory now),
+            ``stored`` and ``skipped`` (pairs that passed the curvature test, or failed it),
+            ``resets`` (searches that failed, which drops all pairs), ``state_bytes``.
+        """
+        self._count()
+        state, history = self.state.get(self._parameters()[0], {}), self._history
+        words = [0] * len(Counter) if history is None else history.counters.tolist()
+        names = ("pairs", "stored", "skipped", "resets")
+        return {
+            "stopped": REASONS.get(self._stopped),
+            "iterations": state.get("n_iter", 0),
+            "evaluations": state.get("func_evals", 0),
+            **{name: words[Counter[name.upper()]] for name in names},
+            "state_bytes": 0 if history is None else history.bytes(),
+        }
+
+    def __repr__(self) -> str:
+        options = self.param_groups[0]
+        backend = ops.select_backend(self._parameters()[0].device, options["fused"])
+        return (
+            super().__repr__().removesuffix(")") + f"Backend: {backend.name} ({backend.reason})\n)"
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer; see :meth:`torch.optim.Optimizer.state_dict`.
+
+        It is filed under the first parameter with the names of :class:`torch.optim.LBFGS`, which
+        can load it, and more.
+        """
+        self._file()
+        return super().state_dict()
+
+    def _file(self) -> None:
+        self._count()
+        if self._history is not None:
+            self.state[self._parameters()[0]].update(self._history.entry())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the optimizer state, also one of :class:`torch.optim.LBFGS`.
+
+        Training continues bit for bit as if it had not stopped; from torch's state, to rounding.
+
+        Args:
+            state_dict (dict): what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it is no such state, an option in it is out of range, or it does not fit the
+                parameters. Nothing has changed then.
+            TypeError: an option in it has the wrong type. Nothing has changed then.
+        """
+
+        def read(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            final = self._completed(final)
+            self._incoming = self._read(final)
+            return final
+
+        check_mapping(state_dict)
+        # Registered last, it sees what other hooks made of the dict, before torch casts it.
+        handle = self.register_load_state_dict_pre_hook(read)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_incoming", None)
+
+    def _completed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, with the options that its groups lack, such as torch's, as they are here."""
+        groups = state_dict.get("param_groups")
+        if "state" not in state_dict or not groups or "tolerance_change" not in groups[0]:
+            raise ValueError(
+                "state_dict: expected that of an L-BFGS, with its options, got "
+                f"{sorted(map(str, state_dict))}; pass what LBFGS.state_dict() returned"
+            )
+        own = {name: self.param_groups[0][name] for name in CHECKS}
+        full = [{**own, **group} for group in groups]
+        for group in full:
+            _validate(group)
+        return {**state_dict, "param_groups": full}
+
+    def _read(self, state_dict: Mapping[str, Any]) -> History | None:
+        """The history that it describes, or ``None`` if it holds none."""
+        groups = state_dict["param_groups"]
+        entry = state_dict["state"].get(groups[0]["params"][0], {}) if groups[0]["params"] else {}
+        matches = [len(g["params"]) for g in groups] == [
+            len(g["params"]) for g in self.param_groups
+        ]
+        if "d" not in entry or not matches:  # torch reports a mismatch
+            return None
+        return self._restored(entry, groups[0])
+
+    def _restored(self, entry: Mapping[str, Any], options: Mapping[str, Any]) -> History:
+        history = self._new_history(options)
+        try:
+            history.adopt(entry)
+        except KeyError as missing:
+            raise ValueError(
+                f"state_dict: it lacks {missing}; pass what LBFGS.state_dict() returned"
+            ) from None
+        return history
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._file()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        entry = self.state.get(self._parameters()[0], {})
+        incoming = self.__dict__.get("_incoming")
+        if incoming is None and "d" in entry:
+            incoming = self._restored(entry, self.param_groups[0])
+        self._prepare()
+        if incoming is not None:
+            self._bind(incoming)
+            entry.update(incoming.entry())
+
+
+def _validate(options: Mapping[str, Any]) -> None:
+    for name, check in CHECKS.items():
+        check(name, options[name])
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other or float(one) == float(other)
+    return one == other

@@ -1,0 +1,310 @@
+"""What :class:`LBFGS` does with an evaluation: which operations, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arena import real_view
+from .history import History
+from .interrupts import Hold
+from .layout import Counter, Stop, Turn, Word, largest_norm
+from .wolfe import NOISE, StrongWolfe, Trial
+
+#: Armijo's rule: the share of the slope's decrease that is asked for, and trials of one direction.
+DECREASE, MAX_TRIALS = 1e-4, 20
+#: Without a line search, what a step is multiplied with whose loss is not finite, and how often.
+SHORTER, MAX_SHORTER = 0.1, 10
+
+
+@dataclass
+class Search:
+    """One call of :meth:`LBFGS.step`.
+
+    Args:
+        op: namespace with the operations.
+        native: whether they write behind autograd's back.
+        owners: the parameters.
+        h: the state.
+        options: of all groups.
+        closure: evaluates loss and gradient.
+        hold: what keeps Ctrl-C away, but for the closure.
+        begun: whether there have been iterations before this call.
+    """
+
+    op: Any
+    native: bool
+    owners: list[Tensor]
+    h: History
+    options: Mapping[str, Any]
+    closure: Callable[[], Any]
+    hold: Hold
+    begun: bool
+
+    def __post_init__(self) -> None:
+        self.params = [real_view(p.detach()) for p in self.owners]
+        self.lr = float(self.options["lr"])
+        self.returned: Any = None
+        self.evaluations = 0
+        self.iterations = 0
+        self.moved = False
+        #: The host reads what is on its own side as it pleases; elsewhere, once per evaluation.
+        self.reads = self.h.device.type == "cpu"
+
+    # ------------------------------------------------------------------ an evaluation
+
+    def _measure(self, gradient: Tensor) -> None:
+        """Loss and gradient where the parameters are, into ``gradient`` and the words."""
+        with self.hold.lifted(), torch.enable_grad():
+            loss = self.closure()
+        if self.evaluations == 0:
+            self.returned = loss
+        self.evaluations += 1
+        value = self._loss(loss)
+        self.noise = NOISE * torch.finfo(value.dtype).eps
+        self.op.secant_measure(
+            self.params, self._gradients(), value, self.options["maximize"], self.h.direction,
+            gradient, self.h.words,
+        )  # fmt: skip
+
+    def _loss(self, loss: Any) -> Tensor:
+        """What the closure returned, beside the state."""
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1 or loss.is_complex():
+                raise ValueError(
+                    f"closure: expected a loss of one real number, got {loss.dtype} of shape "
+                    f"{tuple(loss.shape)}; return its mean or sum"
+                )
+            if loss.device.type not in ("cpu", self.h.device.type):
+                raise ValueError(
+                    f"closure: the loss is on {loss.device}, the parameters on {self.h.device}; "
+                    "move the loss to the parameters"
+                )
+            loss = loss.detach().reshape(())
+            loss = loss if loss.is_floating_point() else loss.double()
+            return loss.to(self.h.device, non_blocking=loss.device.type == "cpu" and not self.reads)
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+            raise TypeError(
+                f"closure: expected it to return the loss, got {loss!r}; end it with 'return loss'"
+            )
+        return torch.full((), loss, dtype=torch.float64, device=self.h.device)
+
+    def _gradients(self) -> list[Tensor | None]:
+        grads = [p.grad for p in self.owners]
+        if all(g is None for g in grads):
+            raise RuntimeError(
+                "closure: no parameter has a gradient after it; call loss.backward() in it, on a "
+                "loss that depends on the parameters"
+            )
+        dense = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
+        return [None if g is None else real_view(g.resolve_conj()).resolve_neg() for g in dense]
+
+    def _evaluate(self, step: float | None = None) -> Trial:
+        """The same on the host's side; at ``step`` along the direction, if it is given."""
+        if step is not None:
+            self._move(step)
+        gradient = torch.empty_like(self.h.direction)
+        self._measure(gradient)
+        words = self._read()
+        return Trial.of(
+            0.0 if step is None else step, words[Word.TRIAL_LOSS], words[Word.TRIAL_SLOPE],
+            inf if words[Word.TRIAL_NONFINITE] else words[Word.TRIAL_MAX],
+            words[Word.TRIAL_SUM], gradient,
+        )  # fmt: skip
+
+    def _read(self) -> list[float]:
+        words = self.h.words.tolist()
+        self.slope, self.longest = words[Word.SLOPE], words[Word.DIRECTION_MAX]
+        return words
+
+    def _move(self, step: float | None) -> None:
+        """The parameters to the iterate plus ``step`` times the direction."""
+        h, limit = self.h, -self.options["tolerance_change"]
+        limit = 0.0 if self._is_armijo() else limit
+        self.moved = True
+        self.op.secant_move(self.params, h.origin, h.direction, step, limit, h.words)
+        if self.native:
+            torch.autograd.graph.increment_version(
+                [p for p in self.params if not p.is_inference()]
+            )
+
+    def _is_armijo(self) -> bool:
+        return self.options["line_search_fn"] == "armijo"
+
+    def go_back(self) -> None:
+        """The parameters to the iterate, and no pair from the step that was not made."""
+        if self.moved:
+            self._move(0.0)
+
+    # ------------------------------------------------------------------ the next direction
+
+    def _turn(self, trial: Tensor) -> None:
+        """The trial becomes the iterate if it was accepted; its pair, and a new direction."""
+        h, op, options = self.h, self.op, self.options
+        absolute, relative = 1e-10, 0.0
+        if options["min_curvature"] is not None:
+            absolute, relative = 0.0, options["min_curvature"]
+        h.calls += 1
+        op.secant_keep(self.params, h.words, h.origin)
+        op.secant_pair(
+            trial, h.direction, absolute, relative, options["self_scaled"], h.gradient, h.s_ring,
+            h.y_ring, h.gram, h.scales, h.projections, h.counters, h.words,
+        )  # fmt: skip
+        if h.table is not None:
+            self._take_in(trial)
+        op.secant_residual(
+            h.gradient, h.y_ring, h.gram, h.counters, h.projections, h.words, h.table is not None,
+            h.residual, h.images,
+        )  # fmt: skip
+        if h.table is not None:
+            self._apply(h.residual)
+            op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
+        op.secant_combine(
+            h.gradient, h.s_ring, h.gram, h.scales, h.counters, h.projections, h.images,
+            h.residual, self.lr, self._first(), h.direction, h.words,
+        )  # fmt: skip
+
+    def _first(self) -> float:
+        """Length of a step without pairs, relative to ``lr``; 0: as long as the gradient allows."""
+        first = self.options["first_step"]
+        return first if first is not None else 0.0 if self.h.table is None else 1e-3
+
+    def _take_in(self, trial: Tensor) -> None:
+        """K takes in the gradient; gamma = s.y / y.K y of the newest pair."""
+        h, options = self.h, self.options
+        parts = [
+            piece.view(p.shape)
+            for piece, p in zip(
+                trial.split([p.numel() for p in self.params]), self.params, strict=True
+            )
+        ]
+        self.op.kronecker_accumulate(
+            self.params, parts, h.table, h.projections, h.counters, None, False,
+            largest_norm(h.dtype), options["decay"], h.calls, options["factor_interval"],
+            h.accumulator, h.factors, h.bases, h.square,
+        )  # fmt: skip
+        newest = reference.newest_slot(h.counters, h.slots)
+        y = h.y_ring.index_select(0, newest)[0].to(h.dtype)
+        image = y.clone()
+        self._apply(image)
+        s_y = h.gram.index_select(1, newest)[:, 0].index_select(0, newest)[0]
+        gamma = s_y / reference.product(y, image)
+        usable = (h.counters[Counter.PAIRS] > 0) & (gamma > 0) & gamma.isfinite()
+        h.words[Word.GAMMA] = torch.where(usable, gamma, 1.0)
+
+    def _apply(self, x: Tensor) -> None:
+        """x = K x."""
+        h, options = self.h, self.options
+        self.op.kronecker_apply(
+            h.table, h.counters, h.accumulator, h.bases, options["decay"], options["eps"], True, 0,
+            False, x,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ decided on the device
+
+    def run_armijo(self) -> None:
+        """Trial after trial; whether one is accepted, and what comes next, is not known here."""
+        h, options = self.h, self.options
+        h.words[: Word.TURN].zero_()
+        h.reserve(options["max_eval"])
+        for _ in range(options["max_eval"]):
+            self._measure(h.trial)
+            self.op.secant_decide(
+                DECREASE, self.noise, options["tolerance_grad"], options["tolerance_change"],
+                MAX_TRIALS, options["max_iter"], h.counters, h.words,
+            )  # fmt: skip
+            words = self._read() if self.reads else None
+            if words is None or words[Word.TURN] != Turn.REFUSE:
+                self._turn(h.trial)
+            if words is not None and words[Word.STATUS] != Stop.NOT:
+                break
+            self._move(None)
+        self.go_back()
+
+    # ------------------------------------------------------------------ decided here
+
+    def run(self) -> Stop:
+        """As :class:`torch.optim.LBFGS` does it, with one read per evaluation."""
+        trial = self._evaluate()
+        if not isfinite(trial.loss):
+            return Stop.NONFINITE
+        if trial.largest <= self.options["tolerance_grad"]:
+            return Stop.GRADIENT
+        while True:
+            self.iterations += 1
+            stop, trial = self._iterate(trial)
+            if stop is not Stop.NOT:
+                return stop
+
+    def _iterate(self, start: Trial) -> tuple[Stop, Trial]:
+        """From one iterate to the next, and whether that is the last one."""
+        options, h = self.options, self.h
+        h.words[Word.TURN], h.words[Word.LOSS] = float(Turn.ACCEPT), start.loss
+        h.words[Word.GRADIENT_SUM] = start.total
+        h.reserve(1)
+        self._turn(start.gradient)
+        if self.reads:
+            self._read()
+            if not self.slope <= -options["tolerance_change"]:
+                return Stop.SLOPE, start
+        step, last = self._first_trial(start), self.iterations == options["max_iter"]
+        if options["line_search_fn"] is None and last:
+            self._move(step)
+            return Stop.ITERATIONS, start
+        trial = self._find(start, step)
+        if not self.slope <= -options["tolerance_change"]:
+            return Stop.SLOPE, start
+        if not isfinite(trial.loss):
+            self.go_back()
+        return self._verdict(start, trial, last), trial
+
+    def _first_trial(self, start: Trial) -> float:
+        if self.begun or self.iterations > 1:
+            return self.lr
+        first = self._first() or (min(1.0, 1.0 / start.total) if start.total else 1.0)
+        return first * self.lr
+
+    def _find(self, start: Trial, step: float) -> Trial:
+        """The trial to accept."""
+        if self.options["line_search_fn"] is None:
+            trial = self._evaluate(step)
+            for _ in range(MAX_SHORTER):
+                if isfinite(trial.loss):
+                    break
+                step *= SHORTER
+                trial = self._evaluate(step)
+            return trial
+        left = self.options["max_eval"] - self.evaluations
+        first = self._evaluate(step)
+        at_start = Trial(0.0, start.loss, self.slope, start.largest, start.total, start.gradient)
+        tolerance, dtype = self.options["tolerance_change"], self.h.dtype
+        wolfe = StrongWolfe(at_start, self.longest, tolerance, left, dtype)
+        search = wolfe.search(step)
+        next(search)
+        trial = first
+        try:
+            while True:
+                trial = self._evaluate(search.send(trial))
+        except StopIteration as end:
+            accepted: Trial = end.value
+        self._move(accepted.step)
+        return accepted
+
+    def _verdict(self, start: Trial, trial: Trial, last: bool) -> Stop:
+        options = self.options
+        reasons = (
+            (not isfinite(trial.loss), Stop.NONFINITE),
+            (last, Stop.ITERATIONS),
+            (self.evaluations >= options["max_eval"], Stop.EVALUATIONS),
+            (trial.largest <= options["tolerance_grad"], Stop.GRADIENT),
+            (trial.step == 0, Stop.SEARCH),
+            (trial.step * self.longest <= options["tolerance_change"], Stop.STEP),
+            (abs(trial.loss - start.loss) < options["tolerance_change"], Stop.LOSS),
+        )
+        return next((reason for applies, reason in reasons if applies), Stop.NOT)
