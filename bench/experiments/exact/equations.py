@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -179,10 +180,13 @@ class AllenCahn(Equation):
         return grid(x, t), u.flatten()
 
 
+@lru_cache(maxsize=4)
 def allen_cahn(
-    modes: int = 512, steps: int = 1000, times: int = 20, every: int = 4
+    modes: int = 1024, steps: int = 1000, times: int = 20, every: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The solution by a Fourier method in space and Runge and Kutta's of fourth order in time.
+
+    Its relative error is about 1e-5, from the kink that x^2 cos(pi x) has at the ends.
 
     Returns:
         x, t, and u of shape (len(x), len(t)): ``times`` + 1 moments, every so many points.

@@ -14,7 +14,7 @@ from .equations import grid
 from .jets import Network
 
 #: Newton's method ends when the gradient's largest element is below this.
-SOLVED = 1e-14
+SOLVED = 1e-13
 
 
 class Field(FullBatch):
@@ -134,7 +134,10 @@ def derivatives(w: Tensor, x: Tensor, labels: Tensor, l2: float) -> tuple[Tensor
     p = torch.softmax(x @ w, 1)
     gradient = x.T @ (p - nn.functional.one_hot(labels, p.shape[1])) / len(x) + l2 * w
     spread = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    hessian = torch.einsum("nck,na,nb->acbk", spread / len(x), x, x).reshape(w.numel(), -1)
+    classes = range(p.shape[1])
+    blocks = [[(x * spread[:, c, k, None]).T @ x for k in classes] for c in classes]
+    hessian = torch.stack([torch.stack(row) for row in blocks]) / len(x)
+    hessian = hessian.permute(2, 0, 3, 1).reshape(w.numel(), -1)
     return gradient, hessian + l2 * torch.eye(w.numel(), dtype=w.dtype)
 
 

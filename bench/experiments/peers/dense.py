@@ -63,6 +63,8 @@ class Dense(Optimizer):
         """One iteration; the loss before it."""
         group, w = self.param_groups[0], parameters_to_vector(self.params)
         now = self.now or self._evaluate(closure, w, torch.zeros_like(w), 0.0)
+        if now.largest == 0:
+            return now.loss
         fresh = self.inverse is None
         p = -now.gradient if fresh else -(self.inverse @ now.gradient)
         slope = float(p @ now.gradient)
@@ -101,6 +103,9 @@ class Dense(Optimizer):
             s_b_s = float(s @ s) / gamma
         image = self.inverse @ y
         y_h_y = float(y @ image)
+        if not y_h_y > 0:  # rounding has eaten what H knew
+            self.inverse = None
+            return
         phi, tau = FORMULAS[group["formula"]](s_b_s / s_y, y_h_y / s_y, len(s))
         v = math.sqrt(y_h_y) * (s / s_y - image / y_h_y)
         self.inverse.addr_(image, image, alpha=-1 / y_h_y).addr_(v, v, alpha=phi)
