@@ -10,7 +10,7 @@ import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
 SMALL = {
-    "burgers": dict(points=30, edge=5, weight=1.0, width=5, layers=2),
+    "burgers": dict(points=30, edge=5, weight=10.0, width=5, layers=2),
     "allen-cahn": dict(points=30, edge=8, weight=100.0, width=5, layers=2),
     "helmholtz": dict(points=30, edge=4, weight=100.0, width=5, layers=2, a=1, b=2, k=1.0),
     "poisson": dict(points=30, edge=4, weight=100.0, width=5, layers=2, a=1, b=2, k=0.0),

@@ -61,12 +61,16 @@ class Equation(FullBatch):
         self.options = options
         sizes = [self.features] + [options["width"]] * options["layers"] + [1]
         self.model = Network(sizes, seed)
-        points = spread(options["points"], self.low, self.high, seed)
-        self.inside, self.points = self.inputs(points), points
+        self.points = self.placed(spread(options["points"], self.low, self.high, seed))
+        self.inside = self.inputs(self.points)
         self.prepare()
 
     def prepare(self) -> None:
         """Make what the loss needs at every call."""
+
+    def placed(self, points: Tensor) -> Tensor:
+        """Points inside, from evenly spread ones."""
+        return points
 
     def inputs(self, points: Tensor) -> Jet:
         """The jet of what the network is given."""
@@ -105,11 +109,15 @@ class Equation(FullBatch):
 class Burgers(Equation):
     """u_t + u u_x = (0.01 / pi) u_xx for x in [-1, 1] and t in [0, 1].
 
-    u = -sin(pi x) at t = 0, and zero at both ends; a shock stands at x = 0 from t = 1 / pi on.
+    u = -sin(pi x) at t = 0, and zero at both ends; a shock stands at x = 0 from t = 1 / pi on.  The
+    points are the denser the closer to it, as x = r^3 with r evenly spread: its width is 0.01.
     """
 
     low, high, twice = (-1.0, 0.0), (1.0, 1.0), 1
     viscosity = 0.01 / PI
+
+    def placed(self, points: Tensor) -> Tensor:
+        return torch.stack([points[:, 0] ** 3, points[:, 1]], 1)
 
     def prepare(self) -> None:
         count = self.options["edge"]

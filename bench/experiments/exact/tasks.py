@@ -18,7 +18,7 @@ MARKS = 50
 _ALL = (
     Task(
         "burgers", "Burgers' equation", Burgers,
-        dict(points=2000, edge=40, weight=1.0, width=20, layers=3), 1000, 20,
+        dict(points=1000, edge=40, weight=10.0, width=20, layers=3), 1000, 20,
     ),
     Task(
         "allen-cahn", "the Allen-Cahn equation", AllenCahn,
