@@ -276,7 +276,7 @@ def test_a_search_that_is_stuck_ends(monkeypatch):
 
 
 def test_a_report_says_who_is_ahead_and_what_is_missing(tmp_path):
-    from experiments.exact import report
+    from experiments.exact import report, timing
     from experiments.exact.methods import METHODS
     from experiments.exact.tasks import TASKS
     from experiments.ledger import Ledger
@@ -306,3 +306,10 @@ def test_a_report_says_who_is_ahead_and_what_is_missing(tmp_path):
     assert "`k-ss` is ahead; `lbfgs-100`, the best of the others, ends 4 times higher." in text
     assert "| **k-ss** | – | 1.0e-03 | 2.0e-03 | 3.0e-03 | 5.0e-01 | – | (10) |" in text
     assert "| adam | 0.01 | " in text and "Not finished: `lbfgs-10`" in text
+
+    timing.measure([Plain(task, METHODS["k-ss"], None)], ledger)
+    timing.measure([Plain(task, METHODS["k-ss"], None)], ledger)
+    assert [r["evaluations"] for r in ledger.timings()] == [20]
+    report.write(ledger, tmp_path / "results")
+    row = next(x for x in written[1].read_text().splitlines() if "1.0e-03 | 2.0e-03" in x)
+    assert row.endswith(" |") and not row.endswith(") |")
