@@ -34,7 +34,7 @@ _ALL = (
     ),
     Task(
         "field", "a picture by a network of its coordinates", Field,
-        dict(side=32, waves=32, frequency=2.0, width=64, layers=2), 1000, 25,
+        dict(side=64, waves=32, frequency=2.0, width=32, layers=2), 1000, 25,
     ),
     Task("classification", "multinomial regression of digits", Classification,
          dict(l2=1e-4), 1000, 5),
