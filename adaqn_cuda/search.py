@@ -162,7 +162,8 @@ class Search:
         )  # fmt: skip
         if h.table is not None:
             self._apply(h.residual)
-            op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
+            if h.history_size:
+                op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
         op.secant_combine(
             h.gradient, h.s_ring, h.gram, h.scales, h.counters, h.projections, h.images,
             h.residual, self.lr, self._first(), h.direction, h.words,
