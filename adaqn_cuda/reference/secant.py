@@ -5,8 +5,8 @@ s = t p and y = g' - g, and a step counts only if the loss falls.  With H0 = gam
 identity or another initial matrix, the direction is p = -H g with H the inverse Hessian of the
 pairs on top of H0.
 
-Self-scaled pairs (Oren & Luenberger 1974; Al-Baali 1998) let go of what the matrix knew before: with
-tau = min(1, y.s / s.B s), where s.B s = -t s.g is known as s = -t H g,
+Self-scaled pairs (Oren & Luenberger 1974; Al-Baali 1998) let go of what the matrix knew before:
+with tau = min(1, y.s / s.B s), where s.B s = -t s.g is known as s = -t H g,
 
     H' = (1/tau) (I - rho s y^T) H (I - rho y s^T) + rho s s^T,   rho = 1 / s.y.
 
