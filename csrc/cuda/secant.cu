@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kThreads<T>)
 
 // ------------------------------------------------------------------ the pair
 
-/// Partial sums of the candidate, as stored: s.s, y.y, elements of s and y that are not finite;
-/// of the new gradient: elements that are not zero, g.g.
-enum : int { kLength, kSquare, kBad, kNonzero, kGradientSquare, kOwnSums };
+/// Partial sums of the candidate, as stored: s.y, s.s, y.y, elements of s and y that are not
+/// finite; of the new gradient: elements that are not zero, g.g.
+enum : int { kCurvature, kLength, kSquare, kBad, kNonzero, kGradientSquare, kOwnSums };
 
 /// x as a ring of H keeps it, zero in place of what is not finite, which is counted.
 template <class H, class T>
@@ -193,6 +193,7 @@ ADAQN_PASS_KERNEL candidate_kernel(const __grid_constant__ State state,
     for (int j = 0; j < W; ++j) {
       s[j] = as_stored<H>(step * s[j], bad);
       y[j] = as_stored<H>(g[j] - y[j], bad);
+      sums[kCurvature] += double(s[j]) * double(y[j]);
       sums[kLength] += double(s[j]) * double(s[j]);
       sums[kSquare] += double(y[j]) * double(y[j]);
       sums[kGradientSquare] += double(g[j]) * double(g[j]);
@@ -273,13 +274,14 @@ __global__ void finish_pair_kernel(const __grid_constant__ State state,
     const int rows = ring.pairs + 1;
     visit_totals(sums.products, 2 * int64_t(rows), Division(rows, sums.blocks).slices,
                  [&](int64_t i, double total) {
-                   if (i % 2 == 0) sums.totals[i / 2] = total;
-                   if (i % 2 == 1) {
-                     state.projections[ring.slot(int(i / 2))] = -finite_or_zero(total);
-                   }
+                   const int age = int(i / 2);
+                   if (i % 2 == 1) state.projections[ring.slot(age)] = -finite_or_zero(total);
+                   if (i % 2 == 0 && age < ring.pairs) sums.totals[age] = total;
                  });
-    visit_totals(sums.own.data, kOwnSums, sums.own.columns,
-                 [&](int64_t i, double total) { own[i] = total; });
+    visit_totals(sums.own.data, kOwnSums, sums.own.columns, [&](int64_t i, double total) {
+      own[i] = total;
+      if (i == kCurvature) sums.totals[ring.pairs] = total;
+    });
     __syncthreads();
     const bool finite = all_finite(sums.totals, rows, own + kOwnSums) && own[kBad] == 0;
     if (own[kBad] == 0) candidate = {sums.totals[ring.pairs], own[kSquare], own[kLength], finite};
