@@ -117,6 +117,7 @@ class History:
             "old_stps": [self.s_ring[i] for i in order],
             "ro": [1 / self.gram[i, i] for i in order],
             "slots": self.slots,
+            "bound": self._bound,
             "calls": self.calls,
             "gram": self.gram,
             "scales": self.scales,
@@ -161,7 +162,7 @@ class History:
             self._measure_pairs()
         for name in MATRIX if self.table is not None and own else ():
             self._fill(name, entry.get(name))
-        self._bound = self.slots - 1
+        self._bound = int(entry["bound"]) if own else len(s_rows)
 
     def _fill(self, name: str, value: Any) -> None:
         buffer = getattr(self, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ DETERMINISTIC: dict[str, Any] = {
     "tolerance_change": 0.0,
 }
 
+#: Evaluations that a step by Armijo's rule has beyond its iterations, at least.
+ARMIJO_MORE = 10
 INITS = ("scalar", "kronecker", "rmsprop")
 #: What ``stats()`` says of :class:`layout.Stop`.
 REASONS = {
@@ -116,7 +117,7 @@ class LBFGS(Optimizer):
         lr (float, Tensor, optional): learning rate: the step that is tried first (default: 1).
         max_iter (int, optional): maximal number of iterations per optimization step (default: 20).
         max_eval (int, optional): maximal number of function evaluations per optimization step
-            (default: ``max_iter * 1.25``).
+            (default: ``max_iter * 1.25``; with ``"armijo"`` at least 10 more than ``max_iter``).
         tolerance_grad (float, optional): termination tolerance on first order optimality, the
             largest element of the gradient (default: 1e-7).
         tolerance_change (float, optional): termination tolerance on function value/parameter
@@ -189,7 +190,8 @@ class LBFGS(Optimizer):
         defaults = {name: values[name] for name in CHECKS}
         _validate(defaults)
         if max_eval is None:
-            defaults["max_eval"] = max_iter * 5 // 4
+            least = max_iter + ARMIJO_MORE if line_search_fn == "armijo" else 0
+            defaults["max_eval"] = max(max_iter * 5 // 4, least)
         self._prepare()
         super().__init__(params, defaults)
         if fused:

@@ -130,9 +130,7 @@ class Search:
         self.moved = True
         self.op.secant_move(self.params, h.origin, h.direction, step, limit, h.words)
         if self.native:
-            torch.autograd.graph.increment_version(
-                [p for p in self.params if not p.is_inference()]
-            )
+            torch.autograd.graph.increment_version([p for p in self.params if not p.is_inference()])
 
     def _is_armijo(self) -> bool:
         return self.options["line_search_fn"] == "armijo"
@@ -164,7 +162,8 @@ class Search:
         )  # fmt: skip
         if h.table is not None:
             self._apply(h.residual)
-            op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
+            if h.history_size:
+                op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
         op.secant_combine(
             h.gradient, h.s_ring, h.gram, h.scales, h.counters, h.projections, h.images,
             h.residual, self.lr, self._first(), h.direction, h.words,
@@ -231,6 +230,7 @@ class Search:
 
     def run(self) -> Stop:
         """As :class:`torch.optim.LBFGS` does it, with one read per evaluation."""
+        self.h.words[Word.TURN] = float(Turn.ACCEPT)
         trial = self._evaluate()
         if not isfinite(trial.loss):
             return Stop.NONFINITE
@@ -238,16 +238,16 @@ class Search:
             return Stop.GRADIENT
         while True:
             self.iterations += 1
-            stop, trial = self._iterate(trial)
+            start = trial
+            stop, trial = self._iterate(start)
             if stop is not Stop.NOT:
+                self.h.words[Word.LOSS] = start.loss
                 return stop
 
     def _iterate(self, start: Trial) -> tuple[Stop, Trial]:
         """From one iterate to the next, and whether that is the last one."""
-        options, h = self.options, self.h
-        h.words[Word.TURN], h.words[Word.LOSS] = float(Turn.ACCEPT), start.loss
-        h.words[Word.GRADIENT_SUM] = start.total
-        h.reserve(1)
+        options = self.options
+        self.h.reserve(1)
         self._turn(start.gradient)
         if self.reads:
             self._read()

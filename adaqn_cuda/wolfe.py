@@ -1,7 +1,7 @@
 """A line search for the strong Wolfe conditions, on numbers alone.
 
-Nocedal & Wright, Algorithms 3.5 and 3.6, with the cubic interpolation and the safeguards of Schmidt's
-minFunc, so that it makes the same trials as :class:`torch.optim.LBFGS`.
+Nocedal & Wright, Algorithms 3.5 and 3.6, with the cubic interpolation and the safeguards of
+Schmidt's minFunc, so that it makes the same trials as :class:`torch.optim.LBFGS`.
 """
 
 from __future__ import annotations

@@ -474,6 +474,8 @@ class Machine:
         grads = self.set_gradients(kind, r)
         if self.unsettled and way not in ("alone", "closure"):
             way = "alone"
+        if way not in ("alone", "closure"):
+            self.optimizer.state_dict()  # uncounts a first call that changed nothing at lr 0
         before = Snapshot.of(self.optimizer)
         if kind in EXTREME and any(g is not None for g in grads):
             self.wild = True

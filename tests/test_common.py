@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaqn_cuda import reference
-from adaqn_cuda.layout import Counter, Flag, Loss, pair_slots, projections_size
+from adaqn_cuda.layout import (
+    Counter,
+    Flag,
+    Loss,
+    Stop,
+    Turn,
+    Word,
+    pair_slots,
+    projections_size,
+)
+from adaqn_cuda.reference.secant import scaled_coefficients
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +31,9 @@ def common():
 
 
 def test_words_are_those_of_the_layout(common):
-    for ours, theirs in [(Counter, "COUNTERS"), (Loss, "LOSSES"), (Flag, "FLAGS")]:
+    enums = [(Counter, "COUNTERS"), (Loss, "LOSSES"), (Flag, "FLAGS")]
+    enums += [(Word, "WORDS"), (Turn, "TURNS"), (Stop, "STOPS")]
+    for ours, theirs in enums:
         assert dict(getattr(common, theirs)) == {word.name: word.value for word in ours}
 
 
@@ -56,6 +68,52 @@ def test_recursions(common, ring):
         assert torch.equal(ours == 0, theirs == 0)
     gamma = common.scalar_initial_matrix(gram.flatten().tolist(), counters.tolist(), slots)
     assert gamma == pytest.approx(reference.scalar_initial_matrix(gram, counters).item())
+
+
+@settings(max_examples=100, deadline=None)
+@given(rings(), st.floats(0.1, 2.0))
+def test_self_scaled_recursion(common, ring, gamma):
+    slots, counters, gram, u, z = ring
+    projections, images = torch.zeros(slots + len(Flag)).double(), torch.zeros(slots + 1).double()
+    projections[:slots], images[:slots] = u, z
+    words = torch.zeros(len(Word), dtype=torch.float64)
+    words[Word.GAMMA] = gamma
+    scales = 1 + 0.1 * u.abs()
+    lists = [x.flatten().tolist() for x in (gram, scales, counters)]
+    a = common.backward(lists[0], lists[2], slots, u.tolist())
+    factor, c = common.scaled(*lists, slots, gamma, a, z.tolist())
+    expected_factor, expected_c = scaled_coefficients(
+        gram, scales, counters, projections, images, words
+    )
+    assert factor == pytest.approx(expected_factor.item())
+    ours = torch.tensor(c, dtype=torch.float64)
+    torch.testing.assert_close(ours, expected_c, rtol=1e-7, atol=1e-9 * (1 + factor))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pairs=st.integers(0, 1),
+    values=st.fixed_dictionaries({
+        Word.STEP: st.sampled_from([0.0, 0.5]), Word.TRIALS: st.sampled_from([0, 19]),
+        Word.STATUS: st.sampled_from([0, 1]), Word.FORGOTTEN: st.sampled_from([0, 1]),
+        Word.TRIAL_LOSS: st.sampled_from([1.0, 1.9, 2.0, 2.4, inf, nan]),
+        Word.SLOPE: st.sampled_from([-1.0, 0.5, nan]), Word.ITERATIONS: st.sampled_from([3, 99]),
+        Word.TRIAL_NONFINITE: st.sampled_from([0, 2]), Word.LOSS: st.just(2.0),
+        Word.TRIAL_SLOPE: st.sampled_from([-0.9, 3.0]), Word.TRIAL_SUM: st.just(7.0),
+        Word.TRIAL_MAX: st.sampled_from([1e-9, 1.0]),
+        Word.DIRECTION_MAX: st.sampled_from([1e-10, 1.0]),
+    }),
+)  # fmt: skip
+def test_decision_of_a_search(common, pairs, values):
+    words, counters = torch.zeros(len(Word), dtype=torch.float64), torch.zeros(len(Counter)).long()
+    for word, value in values.items():
+        words[word] = value
+    counters[Counter.PAIRS] = pairs
+    rule = (1e-4, 1e-6, 1e-7, 1e-9, 20, 100)
+    ours = common.decide(words.tolist(), counters.tolist(), *rule)
+    reference.secant_decide(*rule, counters, words)
+    ours = torch.tensor(ours, dtype=torch.float64)
+    torch.testing.assert_close(ours, words, rtol=1e-14, atol=0, equal_nan=True)
 
 
 @given(

@@ -2,7 +2,7 @@
 
 A failure prints the shortest program that it was found with, which
 ``Machine(**machine).run(program)`` runs again.  ``ADAQN_FUZZ=20000`` runs so many programs instead
-of 2,000, and different ones every time (pytest's ``--hypothesis-seed`` repeats them).
+of 1,000, and different ones every time (pytest's ``--hypothesis-seed`` repeats them).
 """
 
 import os
@@ -60,7 +60,7 @@ programs = st.lists(
 
 
 @settings(
-    max_examples=int(EXAMPLES or 2000),
+    max_examples=int(EXAMPLES or 1000),
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,

@@ -65,9 +65,10 @@ def test_these_runs_call_every_operation(monkeypatch):
     assert set().union(*calls) == ops.SCHEMAS.keys()
 
 
-@pytest.mark.parametrize("beyond", [{}, BEYOND_THE_PAPER])
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("history_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("history_dtype", "beyond"), [(None, {}), (torch.bfloat16, BEYOND_THE_PAPER)]
+)
 def test_operations_pass_opcheck(monkeypatch, run, history_dtype, beyond):
     dtypes = {"history_dtype": history_dtype, "fisher_dtype": history_dtype}
     calls = recorded_calls(monkeypatch, **RUNS[run], **dtypes, **beyond)

@@ -5,8 +5,8 @@ s = t p and y = g' - g, and a step counts only if the loss falls.  With H0 = gam
 identity or another initial matrix, the direction is p = -H g with H the inverse Hessian of the
 pairs on top of H0.
 
-Self-scaled pairs (Oren & Luenberger 1974; Al-Baali 1998) let go of what the matrix knew before: with
-tau = min(1, y.s / s.B s), where s.B s = -t s.g is known as s = -t H g,
+Self-scaled pairs (Oren & Luenberger 1974; Al-Baali 1998) let go of what the matrix knew before:
+with tau = min(1, y.s / s.B s), where s.B s = -t s.g is known as s = -t H g,
 
     H' = (1/tau) (I - rho s y^T) H (I - rho y s^T) + rho s s^T,   rho = 1 / s.y.
 
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Counter, Flag, Stop, Turn, Word
-from .flat import flatten, gradient_vector, write_back
+from .flat import finite_or_zero, flatten, gradient_vector, write_back
 from .recursion import age_order, backward_coefficients, curvature_triangle, free_slot
 
 #: Bounds of what a refused step is multiplied with; where the loss is not finite, the lower one.
@@ -132,7 +132,8 @@ def secant_decide(
     words[Word.FORGOTTEN] = torch.where(
         accept & ~fresh, 0.0, words[Word.FORGOTTEN] + forget.double()
     )
-    words[Word.STEP] = torch.where(status != Stop.NOT, 0.0, torch.where(refuse, shorter, step))
+    shorter = torch.where(status == Stop.NOT, shorter, 0.0)
+    words[Word.STEP] = torch.where(accept, step, torch.where(refuse, shorter, 0.0))
     words[Word.LOSS] = torch.where(accept, trial, loss)
     words[Word.GRADIENT_SUM] = torch.where(accept, words[Word.TRIAL_SUM], words[Word.GRADIENT_SUM])
 
@@ -179,8 +180,9 @@ def secant_pair(
     for ring, row in ((s_ring, s), (y_ring, y)):
         ring.index_copy_(0, free, torch.where(accepted, row, ring.index_select(0, free)))
     s, y = s.to(trial.dtype), y.to(trial.dtype)
-    column = torch.cat([s_ring.to(y.dtype) @ y, (y @ y)[None]]).double()
-    s_y, y_y = column.index_select(0, free)[0], column[slots]
+    s_y, y_y = product(s, y), product(y, y)
+    column = torch.cat([(s_ring.to(y.dtype) @ y).double(), y_y[None]])
+    column.index_copy_(0, free, s_y[None])
     bound = relative * (product(s, s) * y_y).sqrt()
     store = accepted & (s_y > absolute) & (s_y > bound) & column.isfinite().all()
 
@@ -198,7 +200,8 @@ def secant_pair(
     count_pair(counters, slots, accepted, store, forget)
     order, valid = age_order(counters, slots)
     holds = torch.zeros_like(valid).index_copy_(0, order, valid)
-    u = torch.where(holds, (s_ring.to(gradient.dtype) @ -gradient).double(), 0.0)
+    u = finite_or_zero((s_ring.to(gradient.dtype) @ -gradient).double())
+    u = torch.where(holds, u, 0.0)
     projections[:slots] = torch.where(accepted | forget, u, projections[:slots])
     flags = (
         (Flag.NONFINITE, words[Word.TRIAL_NONFINITE]),
@@ -246,7 +249,7 @@ def secant_residual(
     r = -gradient - a.to(y.dtype) @ y
     residual.copy_(torch.where(goes_on, r, residual))
     if not identity:
-        images[:-1] = torch.where(goes_on, (y @ r).double(), images[:-1])
+        images[:-1] = torch.where(goes_on, finite_or_zero((y @ r).double()), images[:-1])
 
 
 def secant_combine(

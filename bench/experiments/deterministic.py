@@ -22,13 +22,29 @@ class Linear(nn.Module):
 
 
 class FullBatch:
-    """A problem whose loss is the same function at every call."""
+    """A problem whose loss is the same function at every call.
+
+    The figure that counts is what the loss is above the optimum, as far as that is known.
+    """
 
     repeats = 0
+    optimum = 0.0
+
+    def loss(self) -> Tensor:
+        raise NotImplementedError
 
     def again(self) -> Tensor:
         self.repeats += 1
         return self.loss()
+
+    @torch.no_grad()
+    def metric(self) -> float:
+        return self.above(float(self.loss()))
+
+    def above(self, loss: float) -> float:
+        """What a loss is above the optimum; rounding error counts as :data:`FLOOR`."""
+        gap = loss - self.optimum
+        return max(gap, FLOOR) if self.optimum and math.isfinite(gap) else gap
 
 
 class Convex(FullBatch):
@@ -45,11 +61,6 @@ class Convex(FullBatch):
 
     def loss(self) -> Tensor:
         return self.objective(self.model.weight)
-
-    @torch.no_grad()
-    def metric(self) -> float:
-        gap = float(self.loss()) - self.optimum
-        return max(gap, FLOOR) if math.isfinite(gap) else gap
 
 
 def newton_minimum(
@@ -163,7 +174,3 @@ class Poisson(FullBatch):
             value = layer(value)
             first, second = first @ layer.weight.t(), second @ layer.weight.t()
         return value, second
-
-    @torch.no_grad()
-    def metric(self) -> float:
-        return float(self.loss())

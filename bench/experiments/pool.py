@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing import get_context
@@ -28,6 +29,9 @@ def work(task: str, steps: int, method: str, settings: tuple[Any, ...], path: st
     return execute(Run(replace(TASKS[task], steps=steps), METHODS[method], *settings), path)
 
 
+Work = Callable[[str, int, str, tuple[Any, ...], str | None], Any]
+
+
 class Pool:
     """Works off studies, in their order.
 
@@ -37,12 +41,19 @@ class Pool:
         texts: where the texts are.
         processes: runs at a time, each with one thread.
         max_minutes: no run is started after so many minutes.
+        work: what a worker does.
     """
 
     def __init__(
-        self, studies: list[Study], ledger: Ledger, texts: Texts, processes: int, max_minutes: float
+        self,
+        studies: list[Study],
+        ledger: Ledger,
+        texts: Texts,
+        processes: int,
+        max_minutes: float,
+        work: Work = work,
     ) -> None:
-        self.studies, self.ledger, self.texts = studies, ledger, texts
+        self.studies, self.ledger, self.texts, self.work = studies, ledger, texts, work
         self.processes, self.deadline = processes, time.monotonic() + 60 * max_minutes
         self.flying: dict[Future[Any], tuple[Study, Run]] = {}
         self.failed: list[Study] = []
@@ -72,7 +83,7 @@ class Pool:
             study, run = found
             names = (run.task.name, run.task.steps, run.method.name)
             settings, path = (run.lr, run.seed, run.horizon), self.texts.path(run.task)
-            future = pool.submit(work, *names, settings, path)
+            future = pool.submit(self.work, *names, settings, path)
             self.flying[future] = found
 
     def _next(self) -> tuple[Study, Run] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .ledger import Ledger, Record
 from .methods import RATIO, Method, rounded
-from .tasks import TEST_SEEDS, TUNING_SEED, Task
+from .tasks import TUNING_SEED, Task
 from .training import Run
 
 #: Times that a grid may grow, each way; shares of the steps that contenders are also run over.
@@ -97,7 +97,7 @@ class Study:
 
     def tests(self, ledger: Ledger, best: float) -> list[Run]:
         """Runs on seeds that lr was not tuned on, over all horizons; some are tuned first."""
-        runs = [self.run(best, seed) for seed in TEST_SEEDS]
+        runs = [self.run(best, seed) for seed in self.task.seeds]
         for horizon in SHORT_HORIZONS if self.method.contender else ():
             runs += self._shorter(ledger, best, horizon)
         return runs
@@ -107,7 +107,7 @@ class Study:
         losses = self.tuning_shorter(ledger, best, horizon)
         if None in losses.values():
             return [self.run(lr, TUNING_SEED, horizon) for lr in losses]
-        return [self.run(best_rate(losses), seed, horizon) for seed in TEST_SEEDS]
+        return [self.run(best_rate(losses), seed, horizon) for seed in self.task.seeds]
 
     def tuning_shorter(
         self, ledger: Ledger, best: float, horizon: float
@@ -119,11 +119,28 @@ class Study:
     def most_runs(self) -> int:
         """How many runs there are in all, if the grid need not grow."""
         horizons = len(SHORT_HORIZONS) if self.method.contender else 0
-        tests = 0 if self.method.trial else len(TEST_SEEDS) * (1 + horizons) + 3 * horizons
+        tests = 0 if self.method.trial else len(self.task.seeds) * (1 + horizons) + 3 * horizons
         return len(self.grid()) + tests
 
     def finished(self, ledger: Ledger) -> bool:
         return not self.missing(ledger)
+
+
+class Plain(Study):
+    """The same, where a given lr needs no run on the tuning seed."""
+
+    def grid(self) -> list[float]:
+        return super().grid() if self.method.lr is None else []
+
+    def missing(self, ledger: Ledger) -> list[Run]:
+        if self.method.lr is None:
+            return super().missing(ledger)
+        runs = self.tests(ledger, self.method.lr)
+        return [run for run in runs if self.find(ledger, run) is None]
+
+    def best(self, ledger: Ledger) -> float:
+        """The lr of the runs that count."""
+        return best_rate(self.tuning(ledger)) if self.method.lr is None else self.method.lr
 
 
 def in_order(studies: Iterable[Study]) -> list[Study]:

@@ -30,6 +30,7 @@ class Task:
         weight_decay: decoupled, for every method.
         patience: steps on end with a far too large loss that end a run; without noise a loss may
             jump up and come back.
+        seeds: those of the runs that count, on which lr is not tuned.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     clip: float | None = None
     weight_decay: float = 0.0
     patience: int = 1
+    seeds: tuple[int, ...] = TEST_SEEDS
 
     @property
     def stochastic(self) -> bool:

@@ -128,7 +128,7 @@ ADAQN_HOST_DEVICE inline void decide(const SearchRule& rule, const int64_t* coun
   words[word::trials] = refuse && !forget ? words[word::trials] + 1 : 0;
   words[word::forgotten] = accept && !fresh ? 0 : words[word::forgotten] + forget;
   if (refuse) words[word::step] *= shortening(words, finite);
-  if (words[word::status] != stop::none) words[word::step] = 0;
+  if (!accept && words[word::status] != stop::none) words[word::step] = 0;
   if (accept) {
     words[word::loss] = words[word::trial_loss];
     words[word::gradient_sum] = words[word::trial_sum];

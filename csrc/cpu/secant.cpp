@@ -193,7 +193,7 @@ void record(const SecantPair& a, const PairRing& ring, const std::vector<double>
     keep_column(column.data(), ring, a.gram);
     a.projections[ring.free_slot()] = words[kOwnSlope];
   }
-  for (int i = 0; i < ring.slots; ++i) a.projections[i] = -a.projections[i];
+  for (int i = 0; i < ring.slots; ++i) a.projections[i] = -finite_or_zero(a.projections[i]);
   double* flags = a.projections + ring.slots;
   flags[flag::nonfinite] = a.words[word::trial_nonfinite];
   flags[flag::nonzero] = words[kNonzero];
@@ -239,7 +239,9 @@ void residual(ParallelFor parallel_for, const Residual& a, T, R) {
   };
   for_chunks(parallel_for, size, Order::backward, chunk, length);
   if (a.identity) return;
-  scatter_by_slot(partial.total().data(), ring, a.images);
+  auto total = partial.total();
+  std::transform(total.begin(), total.end(), total.begin(), finite_or_zero);
+  scatter_by_slot(total.data(), ring, a.images);
 }
 
 /// p = factor r + S c.

@@ -10,7 +10,7 @@
 namespace adaqn::cuda {
 
 /// Rows of a tile: what a thread has in flight at a time, and sums that it keeps in registers.
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 6;
 
 // ------------------------------------------------------------------ units
 

@@ -10,6 +10,7 @@
 #include "../../csrc/common/damping.h"
 #include "../../csrc/common/pair_update.h"
 #include "../../csrc/common/recursion.h"
+#include "../../csrc/common/secant.h"
 
 namespace {
 
@@ -71,6 +72,24 @@ py::tuple pair_update(Words counters, int slots, const Doubles& column, const Do
   return py::make_tuple(static_cast<int>(outcome), gram, moments, losses, counters);
 }
 
+/// The factor of r, and c by slot.
+std::pair<double, Doubles> scaled(const Doubles& gram, const Doubles& scales, const Words& counters,
+                                  int slots, double gamma, const Doubles& a, const Doubles& z) {
+  Doubles c(static_cast<size_t>(slots));
+  const double factor =
+      scaled_coefficients(gram.data(), scales.data(), PairRing(counters.data(), slots), gamma,
+                          a.data(), z.data(), c.data());
+  return {factor, c};
+}
+
+Doubles decide_search(Doubles words, const Words& counters, double decrease, double noise,
+                      double tolerance_grad, double tolerance_change, int64_t max_trials,
+                      int64_t max_iter) {
+  decide({decrease, noise, tolerance_grad, tolerance_change, max_trials, max_iter}, counters.data(),
+         words.data());
+  return words;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(adaqn_common_test, m) {
@@ -89,7 +108,42 @@ PYBIND11_MODULE(adaqn_common_test, m) {
       std::vector<std::pair<std::string, int>>{{"NONFINITE", flag::nonfinite - flag::count},
                                                {"NONZERO", flag::nonzero - flag::count},
                                                {"SQUARE", flag::square - flag::count}};
+  m.attr("WORDS") = std::vector<std::pair<std::string, int>>{
+      {"STEP", word::step},
+      {"TRIALS", word::trials},
+      {"ITERATIONS", word::iterations},
+      {"STATUS", word::status},
+      {"TURN", word::turn},
+      {"FORGOTTEN", word::forgotten},
+      {"TRIAL_LOSS", word::trial_loss},
+      {"TRIAL_SLOPE", word::trial_slope},
+      {"TRIAL_MAX", word::trial_max},
+      {"TRIAL_SUM", word::trial_sum},
+      {"TRIAL_NONFINITE", word::trial_nonfinite},
+      {"LOSS", word::loss},
+      {"SLOPE", word::slope},
+      {"GRADIENT_SUM", word::gradient_sum},
+      {"DIRECTION_MAX", word::direction_max},
+      {"GAMMA", word::gamma},
+      {"CURVATURE", word::curvature},
+      {"SQUARE", word::square},
+  };
+  m.attr("TURNS") = std::vector<std::pair<std::string, int>>{
+      {"REFUSE", turn::refuse}, {"ACCEPT", turn::accept}, {"FORGET", turn::forget}};
+  m.attr("STOPS") = std::vector<std::pair<std::string, int>>{
+      {"NOT", stop::none},
+      {"GRADIENT", stop::gradient},
+      {"STEP", stop::step},
+      {"LOSS", stop::loss},
+      {"SLOPE", stop::slope},
+      {"SEARCH", stop::search},
+      {"NONFINITE", stop::nonfinite},
+      {"ITERATIONS", stop::iterations},
+      {"EVALUATIONS", stop::evaluations},
+  };
   m.def("backward", backward);
+  m.def("scaled", scaled);
+  m.def("decide", decide_search);
   m.def("forward", forward);
   m.def("scalar_initial_matrix", newest_ratio);
   m.def("step", step);
