@@ -36,7 +36,7 @@ class Config:
     problem: str = "helmholtz"
     optimizer: str = "adaqn_cuda"
     evaluations: int = 1000
-    points: int = 2000
+    points: int = 1000
     seed: int = 0
     device: str = "cpu"
 
@@ -95,7 +95,7 @@ class Fit:
         count = {"max_iter": config.evaluations, "max_eval": config.evaluations}
         self.optimizer = make(self.network.parameters(), **options, **count)
         self.every = math.ceil(config.evaluations / RECORDS)
-        self.step, self.seconds, self.evaluating = 0, 0.0, 0.0
+        self.step, self.began, self.seconds, self.evaluating = 0, 0.0, 0.0, 0.0
         self.best = self._copy()
         self.result = Result(asdict(config), sum(p.numel() for p in self.best))
 
@@ -136,8 +136,8 @@ class Fit:
         value = loss.item()  # waits for the device
         self.evaluating += time.perf_counter() - start
         self.step += 1
-        self._note(value)
         self.seconds = time.perf_counter() - self.began
+        self._note(value)
         if self.on_step is not None:
             self.on_step(self)
         return loss.detach()
