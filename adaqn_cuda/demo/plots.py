@@ -124,7 +124,7 @@ def plot_fit(task: Collocation, network: Network, results: list[fit.Result], pat
     solution, error, losses = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
     values, errors = (field.cpu().numpy() for field in task.on_grid(network))
     _field(figure, solution, values, "viridis", "solution")
-    _field(figure, error, errors, "RdBu_r", f"error, {results[0].relative_error:.1e} of it")
+    _field(figure, error, errors, "RdBu_r", f"error (relative: {results[0].relative_error:.1e})")
     for result in results:
         colour = FIT_COLOURS[result.config["optimizer"]]
         label = f"{result.name}  {result.loss:.1e}, {result.seconds:.0f} s"
@@ -134,7 +134,7 @@ def plot_fit(task: Collocation, network: Network, results: list[fit.Result], pat
     losses.grid(alpha=0.25)
     losses.spines[["top", "right"]].set_visible(False)
     losses.set(xlabel="evaluation", ylabel="lowest loss so far")
-    losses.legend(frameon=False)
+    losses.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{task.equation.title}, seed {results[0].config['seed']}", fontsize=10)
     figure.savefig(path)
 
