@@ -15,6 +15,8 @@ import torch
 from .. import AdaQN
 from ..options import INITS
 from ..version import __version__
+from . import fit
+from .equations import EQUATIONS
 from .models import KINDS
 from .optimizers import DEFAULT_LR, IRNN_LR, NAMES, PRESETS
 from .train import WARMUP_SHARE, Config
@@ -66,6 +68,7 @@ LARGEST = 2**31 - 1
 positive = number(int, f"a whole number from 1 to {LARGEST}", lambda n: 1 <= n <= LARGEST)
 natural = number(int, f"a whole number from 0 to {LARGEST}", lambda n: 0 <= n <= LARGEST)
 words = number(int, f"a whole number from 2 to {LARGEST}", lambda n: 2 <= n <= LARGEST)
+points = number(int, "a whole number from 1 to 1000000", lambda n: 1 <= n <= 1_000_000)
 seed = number(int, "a whole number from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64)
 rate = number(float, "a finite number > 0", lambda x: 0 < x < math.inf)
 norm = number(float, "a finite number >= 0", lambda x: 0 <= x < math.inf)
@@ -110,7 +113,9 @@ def parser() -> argparse.ArgumentParser:
     """Options with a default of their own are always set; the others only where given."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     top = argparse.ArgumentParser(
-        prog="adaqn", description="Train recurrent language models with adaQN and others."
+        prog="adaqn",
+        description="Train recurrent language models with adaQN and others, and physics-informed "
+        "networks with L-BFGS.",
     )
     top.add_argument("--version", action="version", version=f"adaqn_cuda {__version__}")
     commands = top.add_subparsers(dest="command")
@@ -118,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train one model", **unset))
     text = "several optimizers on the same seed and data"
     _add_compare(commands.add_parser("compare", help=text, **unset))
+    text = "solve a differential equation with a physics-informed network and L-BFGS"
+    _add_fit(commands.add_parser("fit", help=text, description=text, **unset))
     return top
 
 
@@ -148,15 +155,31 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     _add_task(compare)
 
 
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    plain = fit.Config
+    parser.add_argument("--problem", choices=tuple(EQUATIONS), default=plain.problem,
+                        help="the equation")  # fmt: skip
+    parser.add_argument("--evaluations", type=positive, default=plain.evaluations, metavar="N",
+                        help="of loss and gradient, for each optimizer")  # fmt: skip
+    parser.add_argument("--against", choices=("torch", "none"), default="torch",
+                        help="the optimizer to compare with")  # fmt: skip
+    parser.add_argument("--points", type=points, default=plain.points, metavar="N",
+                        help="where the equation shall hold")  # fmt: skip
+    parser.add_argument("--seed", type=seed, default=plain.seed, metavar="N",
+                        help="of the points and the initial parameters")  # fmt: skip
+    parser.add_argument("--device", type=device, default=plain.device, help="a device of torch")
+    _add_outputs(parser, "adaqn-fit.png", "the solution, its errors and the losses")
+
+
 def _default_rates() -> str:
     told = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items())
     lower = ", ".join(f"{name} {lr:g}" for name, lr in IRNN_LR.items())
     return f"default: {told}; with --model irnn: {lower}"
 
 
-def _add_outputs(parser: argparse.ArgumentParser, plot: str) -> None:
+def _add_outputs(parser: argparse.ArgumentParser, plot: str, content: str = "the losses") -> None:
     parser.add_argument(
-        "--plot", type=picture, default=plot, metavar="FILE.png", help="draw the losses here"
+        "--plot", type=picture, default=plot, metavar="FILE.png", help=f"draw {content} here"
     )
     parser.add_argument("--json", type=output, metavar="FILE",
                         help="write the numbers here (default: nowhere)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``adaqn train`` and ``adaqn compare``."""
+"""The command line: ``adaqn train``, ``adaqn compare`` and ``adaqn fit``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..diagnosis import report
-from . import checkpoint
+from . import checkpoint, fit
 from .arguments import ADAQN_ONLY, ADAQN_OPTIONS, Options, parser, rate
-from .conflicts import refuse_conflicts
+from .conflicts import refuse_conflicts, refuse_shared_files
 from .data import Corpus, DataError, load_corpus
 from .interrupt import Interrupted, held_interrupts
 from .optimizers import NAMES
-from .plots import plot_comparison, plot_run
+from .plots import plot_comparison, plot_fit, plot_run
 from .progress import Progress
-from .report import draw, introduce, table, write
+from .report import draw, fit_table, introduce, introduce_fit, table, write
 from .train import Config, Result, Run
 from .verdict import failure
 
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = "adaqn " + shlex.join(arguments)
     try:
-        return {"train": _train, "compare": _compare}[options.command](options, command)
+        commands = {"train": _train, "compare": _compare, "fit": _fit}
+        return commands[options.command](options, command)
     except DataError as error:
         return _complain(options, str(error), 2)
     except OSError as error:  # a disk that is full by now, for example
@@ -179,3 +180,40 @@ def _rates_by_name(words: list[str], names: list[str]) -> dict[str, float]:
             raise DataError(f"--lr {word}: {name} has --lr {name}={rates[name]:g}; give one")
         rates[name] = lr
     return rates
+
+
+# --------------------------------------------------------------------------- fit
+
+
+def _fit(options: Options, command: str) -> int:
+    refuse_shared_files(options)
+    runs = [fit.Fit(config) for config in _fit_configs(options)]
+    introduce_fit(runs[0])
+    results, interrupted = _fit_all(runs)
+    print(fit_table(results))
+    write(options, command, results)
+    draw(lambda: plot_fit(runs[0].task, runs[0].network, results, options.plot), options.plot)
+    return _complain(options, "interrupted", 130) if interrupted else 0
+
+
+def _fit_configs(options: Options) -> list[fit.Config]:
+    known = {field.name for field in fields(fit.Config)}
+    common = {name: value for name, value in vars(options).items() if name in known}
+    names = ["adaqn_cuda", options.against]
+    return [fit.Config(**common, optimizer=name) for name in names if name != "none"]
+
+
+def _fit_all(runs: Sequence[fit.Fit]) -> tuple[list[fit.Result], bool]:
+    """Results up to the end or to Ctrl-C, that of the interrupted run included; which of both."""
+    results: list[fit.Result] = []
+    with held_interrupts() as check:
+        for run in runs:
+            progress = Progress(run.result.name, run.config.evaluations, unit="evaluation")
+            run.on_step = lambda run, progress=progress: (progress.update(run), check())
+            try:
+                results.append(run.run())
+            except Interrupted:
+                return [*results, run.finish()], True
+            finally:
+                progress.close()
+    return results, False

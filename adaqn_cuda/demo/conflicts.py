@@ -30,7 +30,7 @@ def refuse_conflicts(options: Options, optimizers: list[str]) -> None:
             f"--warmup {options.warmup} does not end within --steps {options.steps}; lower "
             "--warmup or raise --steps"
         )
-    _refuse_shared_files(options)
+    refuse_shared_files(options)
 
 
 def _refuse_without_pairs(options: Options) -> None:
@@ -47,8 +47,12 @@ def _refuse_without_pairs(options: Options) -> None:
             )
 
 
-def _refuse_shared_files(options: Options) -> None:
-    """A file that is read or written under one name is not overwritten under another."""
+def refuse_shared_files(options: Options) -> None:
+    """A file that is read or written under one name is not overwritten under another.
+
+    Raises:
+        DataError: the message names both options.
+    """
     seen: dict[Path, str] = {}
     for name in ("data", "plot", "json", "save"):
         value = getattr(options, name)

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from . import fit
+from .equations import Collocation, Network
 from .train import Result
 
 #: Colours by optimizer, distinguishable also without colour vision (Okabe & Ito).
@@ -18,20 +20,25 @@ COLOURS = {
     "sgd": "#999999",
     "lbfgs": "#000000",
 }
+FIT_COLOURS = {"adaqn_cuda": "#d55e00", "torch": "#0072b2"}
 
 
 class PlotUnavailable(RuntimeError):
     """matplotlib is missing."""
 
 
-def _axes(columns: int) -> tuple[Any, Any]:
+def _figure(width: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise PlotUnavailable(
             'no picture: matplotlib is missing; pip install matplotlib (or ".[demo]")'
         ) from None
-    figure = Figure(figsize=(7.5 if columns == 1 else 11, 4.4), dpi=120, layout="constrained")
+    return Figure(figsize=(width, 4.4), dpi=120, layout="constrained")
+
+
+def _axes(columns: int) -> tuple[Any, Any]:
+    figure = _figure(7.5 if columns == 1 else 11)
     axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
     for ax in axes:
         ax.grid(alpha=0.25)
@@ -105,3 +112,39 @@ def plot_comparison(
     config = results[0].config
     figure.suptitle(f"{config['model']} on {results[0].data}, seed {config['seed']}", fontsize=10)
     figure.savefig(path)
+
+
+def plot_fit(task: Collocation, network: Network, results: list[fit.Result], path: Path) -> None:
+    """The network's solution, its errors, and the losses of all runs over their evaluations.
+
+    Raises:
+        PlotUnavailable: matplotlib is not installed.
+    """
+    figure = _figure(13)
+    solution, error, losses = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
+    values, errors = (field.cpu().numpy() for field in task.on_grid(network))
+    _field(figure, solution, values, "viridis", "solution")
+    _field(figure, error, errors, "RdBu_r", f"error (relative: {results[0].relative_error:.1e})")
+    for result in results:
+        colour = FIT_COLOURS[result.config["optimizer"]]
+        label = f"{result.name}  {result.loss:.1e}, {result.seconds:.0f} s"
+        losses.semilogy(
+            _column(result, "evaluation"), _column(result, "loss"), color=colour, label=label
+        )
+    losses.grid(alpha=0.25)
+    losses.spines[["top", "right"]].set_visible(False)
+    losses.set(xlabel="evaluation", ylabel="lowest loss so far")
+    losses.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"{task.equation.title}, seed {results[0].config['seed']}", fontsize=10)
+    figure.savefig(path)
+
+
+def _field(figure: Any, ax: Any, values: Any, colours: str, title: str) -> None:
+    """A function on the square, with a scale that is symmetric about 0."""
+    top = max(float(abs(values).max()), 1e-300)
+    image = ax.imshow(
+        values, extent=(-1, 1, -1, 1), origin="lower", cmap=colours, vmin=-top, vmax=top
+    )
+    figure.colorbar(image, ax=ax, shrink=0.8)
+    ax.set_title(title, fontsize=10)
+    ax.set(xlabel="x", ylabel="y")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
-
-from .. import AdaQN
-from .train import Run
+from typing import Protocol
 
 #: Seconds between two looks at the optimizer's counts, which wait for the device, and two lines.
 LOOK_EVERY, LINE_EVERY = 2.0, 15.0
 
 
-class Progress:
-    """Give :meth:`update` to :class:`Run` as ``on_step``."""
+class Advancing(Protocol):
+    """A run: what it has done so far, in which time, and what else is worth seeing."""
 
-    def __init__(self, label: str, steps: int, done: int = 0) -> None:
-        self.label, self.steps = label, steps
+    step: int
+    seconds: float
+
+    def status(self) -> str: ...
+
+
+class Progress:
+    """Give :meth:`update` to a run as ``on_step``."""
+
+    def __init__(self, label: str, steps: int, done: int = 0, unit: str = "step") -> None:
+        self.label, self.steps, self.unit = label, steps, unit
         self.looked = self.printed = 0.0
         self.bar = None
         if sys.stderr.isatty():
@@ -25,31 +32,21 @@ class Progress:
             except ImportError:
                 print("no progress bar: tqdm is missing; pip install tqdm", file=sys.stderr)
             else:
-                self.bar = tqdm(total=steps, initial=done, desc=label, unit="step")
+                self.bar = tqdm(total=steps, initial=done, desc=label, unit=unit)
 
-    def update(self, run: Run) -> None:
+    def update(self, run: Advancing) -> None:
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(1)
             if now - self.looked > LOOK_EVERY:
                 self.looked = now
-                self.bar.set_postfix_str(self._status(run))
+                self.bar.set_postfix_str(run.status())
         elif now - self.printed > LINE_EVERY:
             self.printed = now
             rate = run.step / max(run.seconds, 1e-9)
-            line = f"{self.label}: step {run.step}/{self.steps}, {rate:.1f} steps/s, "
-            print(line + self._status(run), file=sys.stderr)
+            line = f"{self.label}: {self.unit} {run.step}/{self.steps}, {rate:.1f} {self.unit}s/s, "
+            print(line + run.status(), file=sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    @staticmethod
-    def _status(run: Run) -> str:
-        share = run.optimizer_seconds / max(run.seconds, 1e-9)
-        parts = [f"loss {run.train_loss:.3f}", f"optimizer {share:.0%}"]
-        if isinstance(run.optimizer, AdaQN):
-            stats = run.optimizer.stats()
-            counts = "/".join(str(stats[name]) for name in ("stored", "skipped", "resets"))
-            parts.append(f"stored/skipped/resets {counts}")
-        return ", ".join(parts)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from ..version import __version__
+from . import fit
+from .equations import WIDTHS
 from .numbers import write_json
 from .plots import PlotUnavailable
 from .train import Config, Result, Run
@@ -48,16 +49,41 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def introduce_fit(run: fit.Fit) -> None:
+    inside, boundary = len(run.task.inside), len(run.task.boundary)
+    points = f"{inside:,} points inside, {boundary:,} on the boundary"
+    print(f"problem  {run.task.equation.title}: {points}")
+    sides = "-".join(map(str, (2, *WIDTHS, 1)))
+    print(f"network  {sides} with tanh, {run.result.parameters:,} parameters, float64, "
+          f"on {run.config.device}")  # fmt: skip
+
+
+def fit_table(results: list[fit.Result]) -> str:
+    columns = f"{'loss':>9} {'rel. error':>10} {'evaluations':>11} {'time':>7} {'opt.':>5}"
+    head = f"{'optimizer':17} {columns}"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        lines.append(
+            f"{r.name:17} {r.loss:9.2e} {r.relative_error:10.2e} {r.evaluations:11,} "
+            f"{r.seconds:6.1f}s {r.optimizer_share:5.0%}"
+        )
+        if r.evaluations < r.config["evaluations"]:
+            lines.append(f"  stopped after evaluation {r.evaluations} of {r.config['evaluations']}")
+    return "\n".join(lines)
+
+
 def _loss(value: float, width: int) -> str:
     return f"{value:{width}.3f}" if value < 1e5 else f"{value:{width}.1e}"
 
 
-def write(options: argparse.Namespace, command: str, results: list[Result]) -> None:
+def write(
+    options: argparse.Namespace, command: str, results: Sequence[Result | fit.Result]
+) -> None:
     if options.json is None:
         return
     versions = {"adaqn_cuda": __version__, "torch": torch.__version__}
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    runs = [{**asdict(result), **result.summary()} for result in results]
+    runs = [result.record() for result in results]
     content = {"command": command, "date": date, "versions": versions, "runs": runs}
     try:
         write_json(options.json, content)

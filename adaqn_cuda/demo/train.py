@@ -95,6 +95,10 @@ class Result:
             return {"bits_per_character": self.valid / math.log(2)}
         return {"perplexity": math.exp(min(self.valid, 700))}
 
+    def record(self) -> dict[str, Any]:
+        """All of it, for a file."""
+        return {**asdict(self), **self.summary()}
+
 
 class Run:
     """A training run that can be stopped and resumed between any two steps.
@@ -262,6 +266,16 @@ class Run:
             return time.perf_counter() - began
         torch.accelerator.synchronize(self.device)
         return 50 * (time.perf_counter() - began)
+
+    def status(self) -> str:
+        """For progress bars."""
+        share = self.optimizer_seconds / max(self.seconds, 1e-9)
+        parts = [f"loss {self.train_loss:.3f}", f"optimizer {share:.0%}"]
+        if isinstance(self.optimizer, AdaQN):
+            stats = self.optimizer.stats()
+            counts = "/".join(str(stats[name]) for name in ("stored", "skipped", "resets"))
+            parts.append(f"stored/skipped/resets {counts}")
+        return ", ".join(parts)
 
     # ------------------------------------------------------------------ evaluation
 
