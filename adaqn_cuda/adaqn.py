@@ -729,6 +729,8 @@ class AdaQN(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_whole()
+        if self._arena is None:
+            self._match_blocks()
         self._settle()
         self._uncount_blank_call()
         return super().__getstate__()

@@ -21,7 +21,6 @@ from adaqn_cuda.layout import (
     pair_slots,
     projections_size,
 )
-from adaqn_cuda.reference.secant import scaled_coefficients
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +67,6 @@ def test_recursions(common, ring):
         assert torch.equal(ours == 0, theirs == 0)
     gamma = common.scalar_initial_matrix(gram.flatten().tolist(), counters.tolist(), slots)
     assert gamma == pytest.approx(reference.scalar_initial_matrix(gram, counters).item())
-
-
-@settings(max_examples=100, deadline=None)
-@given(rings(), st.floats(0.1, 2.0))
-def test_self_scaled_recursion(common, ring, gamma):
-    slots, counters, gram, u, z = ring
-    projections, images = torch.zeros(slots + len(Flag)).double(), torch.zeros(slots + 1).double()
-    projections[:slots], images[:slots] = u, z
-    words = torch.zeros(len(Word), dtype=torch.float64)
-    words[Word.GAMMA] = gamma
-    scales = 1 + 0.1 * u.abs()
-    lists = [x.flatten().tolist() for x in (gram, scales, counters)]
-    a = common.backward(lists[0], lists[2], slots, u.tolist())
-    factor, c = common.scaled(*lists, slots, gamma, a, z.tolist())
-    expected_factor, expected_c = scaled_coefficients(
-        gram, scales, counters, projections, images, words
-    )
-    assert factor == pytest.approx(expected_factor.item())
-    ours = torch.tensor(c, dtype=torch.float64)
-    torch.testing.assert_close(ours, expected_c, rtol=1e-7, atol=1e-9 * (1 + factor))
 
 
 @settings(max_examples=300, deadline=None)

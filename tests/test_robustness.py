@@ -1,6 +1,7 @@
 """Nothing silent: rounding, huge gradients, and what users change behind the optimizer's back."""
 
 import copy
+import pickle
 import signal
 from collections import defaultdict
 from math import inf, prod
@@ -875,3 +876,11 @@ def test_a_group_without_options_is_refused_by_name():
     set_gradients(params, 1)
     with pytest.raises((TypeError, ValueError), match="weight_decay"):
         optimizer.step()
+
+
+def test_a_parameter_put_in_before_the_first_step_is_copied_and_saved():
+    first, second = random_parameters([(4, 3), (5, 2)])
+    optimizer = AdaQN([first])
+    optimizer.param_groups[0]["params"].append(second)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert len(other.param_groups[0]["blocks"]) == 2

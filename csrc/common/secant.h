@@ -1,5 +1,5 @@
 // L-BFGS on a deterministic loss, on numbers: the line search's decision, a pair of successive
-// iterates, the self-scaled recursion, and the first step.  See adaqn_cuda/reference/secant.py.
+// iterates, and the first step.  See adaqn_cuda/reference/secant.py.
 #pragma once
 
 #include <cmath>
@@ -222,35 +222,6 @@ ADAQN_HOST_DEVICE inline void keep_column(const double* column, const PairRing& 
                                           double* gram) {
   const int free = ring.free_slot();
   for (int i = 0; i <= ring.slots; ++i) gram[i * int64_t{ring.slots} + free] = column[i];
-}
-
-// ------------------------------------------------------------------ the self-scaled recursion
-
-/// c by slot from a, as backward_coefficients makes it, and z.  With 1/tau_i = scales[i], sigma
-/// their product and sigma_i that of pair i and older ones:
-///   R^T c = diag(R) a sigma / sigma_i - sigma gamma z.
-/// Returns sigma gamma, the factor of r in  p = sigma gamma r + S c.
-ADAQN_HOST_DEVICE inline double scaled_coefficients(const double* gram, const double* scales,
-                                                    const PairRing& ring, double gamma,
-                                                    const double* a, const double* z, double* c) {
-  for (int i = 0; i < ring.slots; ++i) c[i] = 0;
-  double sigma = 1;
-  for (int age = ring.pairs - 1; age >= 0; --age) {
-    const int i = ring.slot(age);
-    c[i] = sigma;  // sigma / sigma_i, until its turn comes below
-    sigma *= scales[i];
-  }
-  const double factor = sigma * gamma;
-  for (int age = 0; age < ring.pairs; ++age) {
-    const int i = ring.slot(age);
-    double sum = factor * z[i];
-    for (int older = 0; older < age; ++older) {
-      const int j = ring.slot(older);
-      sum += c[j] * gram[j * int64_t{ring.slots} + i];
-    }
-    c[i] = c[i] * a[i] - sum / gram[i * int64_t{ring.slots} + i];
-  }
-  return factor;
 }
 
 }  // namespace adaqn

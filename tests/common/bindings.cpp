@@ -72,16 +72,6 @@ py::tuple pair_update(Words counters, int slots, const Doubles& column, const Do
   return py::make_tuple(static_cast<int>(outcome), gram, moments, losses, counters);
 }
 
-/// The factor of r, and c by slot.
-std::pair<double, Doubles> scaled(const Doubles& gram, const Doubles& scales, const Words& counters,
-                                  int slots, double gamma, const Doubles& a, const Doubles& z) {
-  Doubles c(static_cast<size_t>(slots));
-  const double factor =
-      scaled_coefficients(gram.data(), scales.data(), PairRing(counters.data(), slots), gamma,
-                          a.data(), z.data(), c.data());
-  return {factor, c};
-}
-
 Doubles decide_search(Doubles words, const Words& counters, double decrease, double noise,
                       double tolerance_grad, double tolerance_change, int64_t max_trials,
                       int64_t max_iter) {
@@ -142,7 +132,6 @@ PYBIND11_MODULE(adaqn_common_test, m) {
       {"EVALUATIONS", stop::evaluations},
   };
   m.def("backward", backward);
-  m.def("scaled", scaled);
   m.def("decide", decide_search);
   m.def("forward", forward);
   m.def("scalar_initial_matrix", newest_ratio);
