@@ -23,6 +23,7 @@ from .search import Search
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
 DETERMINISTIC: dict[str, Any] = {
+    "lr": 0.5,
     "history_size": 1000,
     "line_search_fn": "armijo",
     "init": "kronecker",
@@ -99,7 +100,8 @@ class LBFGS(Optimizer):
     - Armijo's rule (``line_search_fn="armijo"``) needs one loss per trial, and takes its decisions
       on the device: :meth:`step` waits for it once.
 
-    ``LBFGS(params, **DETERMINISTIC)`` has all three, and keeps up to 1000 pairs.
+    ``LBFGS(params, **DETERMINISTIC)`` has all three, keeps up to 1000 pairs, and tries half a step
+    first: the scaled matrix is too long for a whole one as often as not.
 
     A trial whose loss or gradient is not finite shortens the step, and never enters the history; if
     none is finite, the parameters go back to where they were.

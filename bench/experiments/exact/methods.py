@@ -67,7 +67,7 @@ class Relay:
 
 
 def searched(name: str, make: Any, options: dict[str, Any], **flags: Any) -> Method:
-    """A method that finds the length of its steps; lr is 1."""
+    """A method that finds the length of its steps; lr is what it tries first, 1 unless given."""
     flags = {"lr": 1.0, **flags}
     return Method(name, make, options, {}, schedule="constant", closure=True, **flags)
 
@@ -96,12 +96,16 @@ _OTHERS = [
 
 def _ours(name: str, options: dict[str, Any], **flags: Any) -> Method:
     settings = {**DETERMINISTIC, **options}
-    return searched(name, endless(LBFGS), settings, ours=True, **flags)
+    return searched(
+        name, endless(LBFGS), settings, ours=True, **{"lr": settings.pop("lr"), **flags}
+    )
 
 
 _SCALAR = {"init": "scalar"}
 _PLAIN = {"self_scaled": False}
 _SEARCH = {"line_search_fn": "strong_wolfe"}
+
+_PRESET = {name: value for name, value in DETERMINISTIC.items() if name != "lr"}
 
 #: The preset first; then one thing changed at a time.
 _OURS = [
@@ -115,7 +119,7 @@ _OURS = [
     _ours("scalar-ss, wolfe", {**_SEARCH, **_SCALAR}),
     _ours("scalar, wolfe, 100 pairs", {**_SEARCH, **_SCALAR, **_PLAIN, "history_size": 100}),
     Method(
-        "k alone", endless(LBFGS), {**DETERMINISTIC, "history_size": 0, "first_step": 1.0},
+        "k alone", endless(LBFGS), {**_PRESET, "history_size": 0, "first_step": 1.0},
         {"deterministic": 0.02}, ours=True, points=3, schedule="constant", closure=True,
     ),
     tuned("adaqn", adaqn, {}, 0.01, ours=True),
