@@ -313,3 +313,15 @@ def test_a_report_says_who_is_ahead_and_what_is_missing(tmp_path):
     report.write(ledger, tmp_path / "results")
     row = next(x for x in written[1].read_text().splitlines() if "1.0e-03 | 2.0e-03" in x)
     assert row.endswith(" |") and not row.endswith(") |")
+
+
+@pytest.mark.parametrize("name", ["physics-informed network", "picture", "logistic regression"])
+def test_swapping_the_import_gives_the_same_losses(name):
+    import drop_in
+
+    from adaqn_cuda import LBFGS
+
+    theirs = drop_in.run(torch.optim.LBFGS, name, max_iter=8)
+    ours = drop_in.run(LBFGS, name, max_iter=8)
+    assert len(ours.losses) == len(theirs.losses)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-8)

@@ -94,18 +94,17 @@ _OTHERS = [
 ]  # fmt: skip
 
 
+_PRESET = {name: value for name, value in DETERMINISTIC.items() if name != "lr"}
+
+
 def _ours(name: str, options: dict[str, Any], **flags: Any) -> Method:
-    settings = {**DETERMINISTIC, **options}
-    return searched(
-        name, endless(LBFGS), settings, ours=True, **{"lr": settings.pop("lr"), **flags}
-    )
+    flags = {"lr": DETERMINISTIC["lr"], "ours": True, **flags}
+    return searched(name, endless(LBFGS), {**_PRESET, **options}, **flags)
 
 
 _SCALAR = {"init": "scalar"}
 _PLAIN = {"self_scaled": False}
 _SEARCH = {"line_search_fn": "strong_wolfe"}
-
-_PRESET = {name: value for name, value in DETERMINISTIC.items() if name != "lr"}
 
 #: The preset first; then one thing changed at a time.
 _OURS = [
