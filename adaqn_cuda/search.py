@@ -15,6 +15,7 @@ from .arena import real_view
 from .history import History
 from .interrupts import Hold
 from .layout import Counter, Stop, Turn, Word, largest_norm
+from .reference.kronecker import FIRST_CALLS
 from .wolfe import NOISE, StrongWolfe, Trial
 
 #: Armijo's rule: the share of the slope's decrease that is asked for, and trials of one direction.
@@ -185,7 +186,7 @@ class Search:
         ]
         self.op.kronecker_accumulate(
             self.params, parts, h.table, h.projections, h.counters, None, False,
-            largest_norm(h.dtype), options["decay"], h.calls, options["factor_interval"],
+            largest_norm(h.dtype), options["decay"], self._call(), options["factor_interval"],
             h.accumulator, h.factors, h.bases, h.square,
         )  # fmt: skip
         newest = reference.newest_slot(h.counters, h.slots)
@@ -196,6 +197,16 @@ class Search:
         gamma = s_y / reference.product(y, image)
         usable = (h.counters[Counter.PAIRS] > 0) & (gamma > 0) & gamma.isfinite()
         h.words[Word.GAMMA] = torch.where(usable, gamma, 1.0)
+
+    def _call(self) -> int:
+        """Which call of the factors' schedule this is: one of the first, in which none sits out.
+
+        Bases keep their turns, which a call gives by its remainder.  An interval too long for the
+        first calls leaves the schedule as it is.
+        """
+        first, interval = FIRST_CALLS, self.options["factor_interval"]
+        late = self.h.calls > first > interval
+        return first - (first - self.h.calls) % interval if late else self.h.calls
 
     def _apply(self, x: Tensor) -> None:
         """x = K x."""

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaqn_cuda import DETERMINISTIC, LBFGS, native
+from adaqn_cuda import DETERMINISTIC, LBFGS, native, ops, reference
 from adaqn_cuda.layout import Counter
 from adaqn_cuda.search import Search
 
@@ -225,7 +225,7 @@ def test_direction_is_that_of_the_dense_matrix(init, self_scaled, fused):
         before = stored
     matrix = torch.eye(len(run.flat()), dtype=F64)
     if init != "scalar":
-        operations = torch.ops.adaqn if fused is None else __import__("adaqn_cuda").reference
+        operations = torch.ops.adaqn if fused is None else reference
         for row in matrix:
             operations.kronecker_apply(
                 history.table, history.counters, history.accumulator, history.bases, 0.98, 1e-16,
@@ -574,3 +574,25 @@ def test_one_read_per_evaluation_finds_the_same(line_search_fn, monkeypatch):
     device = Run(LBFGS, start, loss, **options).step(3)
     assert torch.equal(host.flat(), device.flat())
     assert host.optimizer.stats()["iterations"] == device.optimizer.stats()["iterations"]
+
+
+@pytest.mark.parametrize("interval", [1, 4, 5, 9, 10, 25])
+def test_factors_take_in_every_gradient_and_bases_keep_their_turns(interval, monkeypatch):
+    from adaqn_cuda.reference.kronecker import iterations, takes_in
+
+    start, loss = problem("network")
+    run = Run(LBFGS, start, loss, fused=False, **{**DETERMINISTIC, "factor_interval": interval})
+    calls, accumulate = [], reference.kronecker_accumulate
+
+    def noted(*args):
+        calls.append((run.optimizer._history.calls, args[9]))
+        accumulate(*args)
+
+    monkeypatch.setattr(ops._REFERENCE, "kronecker_accumulate", noted)
+    run.step(3)
+    assert len(calls) > 40
+    for factor in range(2 * interval):
+        assert interval > 9 or all(takes_in(call, factor) for _, call in calls)
+        for number, call in calls:
+            turns = iterations(number, factor, interval)
+            assert iterations(call, factor, interval) == turns
