@@ -62,7 +62,8 @@ def recorded_calls(monkeypatch, **options):
 
 def test_these_runs_call_every_operation(monkeypatch):
     calls = [recorded_calls(monkeypatch, **options) for options in RUNS.values()]
-    assert set().union(*calls) == ops.SCHEMAS.keys()
+    of_lbfgs = {name for name in ops.SCHEMAS if name.startswith("secant")}
+    assert set().union(*calls) == ops.SCHEMAS.keys() - of_lbfgs
 
 
 @pytest.mark.parametrize("run", RUNS)
