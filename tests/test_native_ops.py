@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-#: Those of a Kronecker matrix have tests of their own: test_kronecker_native.py.
+#: Those of a Kronecker matrix and of L-BFGS have tests of their own: test_kronecker_native.py and
+#: test_secant_native.py.
 NAMES = [name for name in ops.SCHEMAS if not name.startswith(("kronecker", "secant"))]
 
 
