@@ -33,7 +33,7 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
 from .step import Call, Hooks, Monitor, Settings, is_hookless
-from .watch import Watch, check_memory
+from .watch import Watch, check_device, check_dtypes, check_memory
 
 
 class AdaQN(Optimizer):
@@ -336,13 +336,7 @@ class AdaQN(Optimizer):
         With ``momentum``, there is room for it even where it is zero now.
         """
         params = self._parameters()
-        devices = {p.device for p in params}
-        if len(devices) > 1:
-            names = ", ".join(sorted(str(device) for device in devices))
-            raise ValueError(
-                f"params: expected all on one device, got {names}; give each device an optimizer "
-                "of its own"
-            )
+        check_device(params)
         check_memory(params)
         with torch.inference_mode(False):  # the state outlives the mode
             blocks = [n for group in groups for n in group["blocks"]]
@@ -780,12 +774,3 @@ def _drop_duplicates(group: dict[str, Any]) -> None:
         for name in ("params", "param_names"):
             if name in group:
                 group[name] = [group[name][i] for i in first]
-
-
-def check_dtypes(params: list[Tensor]) -> None:
-    for p in params:
-        if not (p.is_floating_point() or p.is_complex()):
-            raise TypeError(
-                f"params: expected floating-point or complex parameters, got {p.dtype} of shape "
-                f"{tuple(p.shape)}"
-            )

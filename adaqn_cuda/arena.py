@@ -210,8 +210,7 @@ class Arena(Buffers):
         super().__init__(sizes.dtype, self.names, sizes.allocate(self.device))
         if plan is not None:
             self.table = plan.table
-            for place, side in plan.squares():
-                self.bases[place : place + side**2].view(side, side).fill_diagonal_(1)
+            plan.fill_identities(self.bases)
         self.losses.fill_(torch.nan)
         self.calls = torch.zeros((), dtype=torch.int64, device="cpu")
 

@@ -50,8 +50,7 @@ class History:
             self.accumulator = self._vector()
             self.factors, self.bases = (self._zeros(plan.factors) for _ in range(2))
             self.square = self._zeros(1, dtype=torch.float64)
-            for place, side in plan.squares():
-                self.bases[place : place + side**2].view(side, side).fill_diagonal_(1)
+            plan.fill_identities(self.bases)
         self.counters = self._zeros(len(Counter), dtype=torch.int64)
         self.words = self._zeros(len(Word), dtype=torch.float64)
         self.words[Word.GAMMA] = 1.0

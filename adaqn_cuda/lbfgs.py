@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .adaqn import check_dtypes
 from .arena import real_view
 from .history import History
 from .interrupts import uninterrupted
@@ -20,6 +19,7 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping
 from .search import Search
+from .watch import check_device, check_dtypes
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
 DETERMINISTIC: dict[str, Any] = {
@@ -253,12 +253,7 @@ class LBFGS(Optimizer):
 
     def _new_history(self, options: Mapping[str, Any]) -> History:
         params = self._parameters()
-        devices = sorted({str(p.device) for p in params})
-        if len(devices) > 1:
-            raise ValueError(
-                f"params: expected all on one device, got {', '.join(devices)}; give each device "
-                "an optimizer of its own"
-            )
+        check_device(params)
         real = [real_view(p.detach()) for p in params]
         with torch.inference_mode(False):
             plan = self._plan(real, options)
@@ -328,7 +323,7 @@ class LBFGS(Optimizer):
         return search.returned
 
     def _run(self, search: Search) -> None:
-        if search.options["line_search_fn"] == "armijo":
+        if search.is_armijo:
             self._uncounted = True
             search.run_armijo()
             if search.reads:

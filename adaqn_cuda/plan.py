@@ -139,3 +139,8 @@ class Plan:
                 for length in pieces(side, count) if place >= 0 else ():
                     yield place, length
                     place += length**2
+
+    def fill_identities(self, bases: torch.Tensor) -> None:
+        """Make every basis in a flat buffer of zeros the identity."""
+        for place, side in self.squares():
+            bases[place : place + side**2].view(side, side).fill_diagonal_(1)

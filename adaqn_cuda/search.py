@@ -16,10 +16,10 @@ from .history import History
 from .interrupts import Hold
 from .layout import Counter, Stop, Turn, Word, largest_norm
 from .reference.kronecker import FIRST_CALLS
-from .wolfe import NOISE, StrongWolfe, Trial
+from .wolfe import DECREASE, NOISE, StrongWolfe, Trial
 
-#: Armijo's rule: the share of the slope's decrease that is asked for, and trials of one direction.
-DECREASE, MAX_TRIALS = 1e-4, 20
+#: Trials along one direction by Armijo's rule.
+MAX_TRIALS = 20
 #: Without a line search, what a step is multiplied with whose loss is not finite, and how often.
 SHORTER, MAX_SHORTER = 0.1, 10
 
@@ -127,13 +127,15 @@ class Search:
     def _move(self, step: float | None) -> None:
         """The parameters to the iterate plus ``step`` times the direction."""
         h, limit = self.h, -self.options["tolerance_change"]
-        limit = 0.0 if self._is_armijo() else limit
+        limit = 0.0 if self.is_armijo else limit
         self.moved = True
         self.op.secant_move(self.params, h.origin, h.direction, step, limit, h.words)
         if self.native:
             torch.autograd.graph.increment_version([p for p in self.params if not p.is_inference()])
 
-    def _is_armijo(self) -> bool:
+    @property
+    def is_armijo(self) -> bool:
+        """Whether trials are judged on the device."""
         return self.options["line_search_fn"] == "armijo"
 
     def go_back(self) -> None:
@@ -292,18 +294,11 @@ class Search:
                 trial = self._evaluate(step)
             return trial
         left = self.options["max_eval"] - self.evaluations
-        first = self._evaluate(step)
+        trial = self._evaluate(step)
         at_start = Trial(0.0, start.loss, self.slope, start.largest, start.total, start.gradient)
         tolerance, dtype = self.options["tolerance_change"], self.h.dtype
-        wolfe = StrongWolfe(at_start, self.longest, tolerance, left, dtype)
-        search = wolfe.search(step)
-        next(search)
-        trial = first
-        try:
-            while True:
-                trial = self._evaluate(search.send(trial))
-        except StopIteration as end:
-            accepted: Trial = end.value
+        wolfe = StrongWolfe(at_start, self._evaluate, self.longest, tolerance, left, dtype)
+        accepted = wolfe.search(trial)
         self._move(accepted.step)
         return accepted
 

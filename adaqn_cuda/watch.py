@@ -63,3 +63,23 @@ def check_memory(params: list[Tensor]) -> None:
                 f"strides {p.stride()}, share one place in memory, so that no step can be written "
                 "to it; clone() what has been expanded"
             )
+
+
+def check_dtypes(params: list[Tensor]) -> None:
+    """Raise ``TypeError`` for a parameter that no gradient can have."""
+    for p in params:
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(
+                f"params: expected floating-point or complex parameters, got {p.dtype} of shape "
+                f"{tuple(p.shape)}"
+            )
+
+
+def check_device(params: list[Tensor]) -> None:
+    """Raise ``ValueError`` unless all parameters live on one device."""
+    devices = {str(p.device) for p in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"params: expected all on one device, got {', '.join(sorted(devices))}; give each "
+            "device an optimizer of its own"
+        )

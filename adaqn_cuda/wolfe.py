@@ -6,7 +6,7 @@ Schmidt's minFunc, so that it makes the same trials as :class:`torch.optim.LBFGS
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from struct import Struct
@@ -14,6 +14,8 @@ from struct import Struct
 import torch
 from torch import Tensor
 
+#: Share of the slope's decrease that is asked for.
+DECREASE = 1e-4
 #: Relative noise of a loss, in units of its rounding error (Hager & Zhang 2005, section 4).
 NOISE = 8
 _SINGLE = Struct("f")
@@ -70,6 +72,7 @@ class StrongWolfe:
 
     Args:
         start: the iterate, with the slope along the direction.
+        evaluate: what there is so many steps along the direction.
         longest: largest element of the direction.
         tolerance_change: brackets that change no parameter by more than this are not refined.
         max_trials: evaluations at most, but for the first.
@@ -81,14 +84,16 @@ class StrongWolfe:
     def __init__(
         self,
         start: Trial,
+        evaluate: Callable[[float], Trial],
         longest: float,
         tolerance_change: float,
         max_trials: int,
         dtype: torch.dtype,
-        decrease: float = 1e-4,
+        decrease: float = DECREASE,
         curvature: float = 0.9,
     ) -> None:
         self.start = start
+        self.evaluate = evaluate
         self.longest = longest
         self.tolerance_change = tolerance_change
         self.left = max_trials
@@ -107,24 +112,23 @@ class StrongWolfe:
     def _is_flat(self, trial: Trial) -> bool:
         return abs(trial.slope) <= -self.curvature * self.start.slope
 
-    def search(self, step: float) -> Generator[float, Trial, Trial]:
-        """Yields steps to be tried, is sent what they give, and returns the trial to accept."""
-        previous, trial = self.start, (yield step)
-        tried = 0
+    def search(self, trial: Trial) -> Trial:
+        """The trial to accept, from a first one on."""
+        previous, tried = self.start, 0
         while tried < self.left:
             if self._rises(trial) or (tried > 1 and trial.loss >= previous.loss):
-                return (yield from self._zoom(previous, trial, tried))
+                return self._zoom(previous, trial, tried)
             if self._is_flat(trial):
                 return trial
             if trial.slope >= 0:
-                return (yield from self._zoom(previous, trial, tried))
+                return self._zoom(previous, trial, tried)
             low = trial.step + 0.01 * (trial.step - previous.step)
             further = minimizer(previous, trial, low, 10 * trial.step)
-            previous, trial = trial, (yield further)
+            previous, trial = trial, self.evaluate(further)
             tried += 1
         return min(self.start, trial, key=lambda end: end.loss)
 
-    def _zoom(self, one: Trial, other: Trial, tried: int) -> Generator[float, Trial, Trial]:
+    def _zoom(self, one: Trial, other: Trial, tried: int) -> Trial:
         """The same between two trials.
 
         ``low`` is the better one; of equals, the one in the place of ``one``, where ``first`` says
@@ -137,7 +141,7 @@ class StrongWolfe:
             if (right - left) * self.longest < self.tolerance_change:
                 break
             step, stuck = self._inside(minimizer(low, high, left, right), left, right, stuck)
-            trial = yield step
+            trial = self.evaluate(step)
             tried += 1
             if self._rises(trial) or trial.loss >= low.loss:
                 high = trial

@@ -158,10 +158,10 @@ std::vector<double> pair_sums(ParallelFor parallel_for, const SecantPair& a, con
     const T* g = gradient + begin;
     add_two_products(rows, begin, n, y, g, sums, sums + ring.pairs);
     words[kCurvature] += wide_product(s, y, n);
-    words[kSquare] += wide_product(y, y, n);
-    words[kLength] += wide_product(s, s, n);
+    words[kSquare] += sum_of_squares(y, n);
+    words[kLength] += sum_of_squares(s, n);
     words[kOwnSlope] += wide_product(s, g, n);
-    words[kGradientSquare] += wide_product(g, g, n);
+    words[kGradientSquare] += sum_of_squares(g, n);
     for (int64_t k = 0; k < n; ++k) words[kNonzero] += g[k] != 0;
   };
   for_chunks(parallel_for, size, Order::forward, chunk, length);

@@ -69,14 +69,13 @@ class Dense(Optimizer):
         p = -now.gradient if fresh else -(self.inverse @ now.gradient)
         slope = float(p @ now.gradient)
         start = Trial(0.0, now.loss, slope, now.largest, now.total, now.gradient)
-        wolfe = StrongWolfe(start, float(p.abs().max()), 0.0, MOST_TRIALS, w.dtype)
-        search = wolfe.search(group["lr"] * (min(1.0, 1 / now.total) if fresh else 1.0))
-        try:
-            step = next(search)
-            while True:
-                step = search.send(self._evaluate(closure, w, p, step))
-        except StopIteration as end:
-            trial: Trial = end.value
+
+        def evaluate(step: float) -> Trial:
+            return self._evaluate(closure, w, p, step)
+
+        wolfe = StrongWolfe(start, evaluate, float(p.abs().max()), 0.0, MOST_TRIALS, w.dtype)
+        first = group["lr"] * (min(1.0, 1 / now.total) if fresh else 1.0)
+        trial = wolfe.search(evaluate(first))
         vector_to_parameters(w + trial.step * p, self.params)
         if trial.step == 0 or not math.isfinite(trial.loss):
             self.inverse, self.now = None, None
