@@ -165,6 +165,13 @@ def native_obstacle(device: torch.device) -> str | None:
     return obstacle
 
 
+def load_kernels(device: torch.device, fused: bool | None, **kinds: object) -> None:
+    """Load CUDA kernels, as :func:`native.load_cuda_kernels` does, where they are to run."""
+    if device.type == "cuda" and fused is not False and native_obstacle(device) is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        native.load_cuda_kernels(index, **kinds)
+
+
 def select_backend(device: torch.device, fused: bool | None) -> Backend:
     """The backend for parameters on ``device``.
 
