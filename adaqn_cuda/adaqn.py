@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .arena import Arena, Buffers, Sizes, real_view
-from .blocks import Blocks, as_blocks, check_blocks, heights
+from .arena import Arena, Buffers, Sizes, held, real_view
+from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
 from .compiled import register
 from .curvature import Product
 from .interrupts import uninterrupted
@@ -198,6 +198,8 @@ class AdaQN(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    #: While a state_dict is loaded, the arena that it describes, if it has state.
+    _incoming: Arena | None
 
     def __init__(
         self,
@@ -222,7 +224,7 @@ class AdaQN(Optimizer):
         block_size: int = 128,
         max_vector_dim: int = 64,
         factor_interval: int = 5,
-        blocks: Mapping[Tensor, int | Sequence[int]] | None = None,
+        blocks: GivenBlocks | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
@@ -379,7 +381,7 @@ class AdaQN(Optimizer):
         if self._arena is None:
             return
         moved = [len(group["params"]) for group in self.param_groups] != self._seen_sizes
-        if moved or self._watch.sees_change(self._parameters(), self.state):
+        if moved or held(self._watch).sees_change(self._parameters(), self.state):
             self._refit()
 
     def _match_blocks(self) -> None:
@@ -428,7 +430,7 @@ class AdaQN(Optimizer):
             return
         arena = self._assemble(entries, self.param_groups)
         kept = {p for p, entry in zip(params, entries, strict=True) if entry}
-        if not kept.issuperset(self._arena.params):
+        if not kept.issuperset(held(self._arena).params):
             arena.forget_pairs()
         self._bind(arena, int(arena.calls))
 
@@ -471,13 +473,14 @@ class AdaQN(Optimizer):
         if all(g is None for g in grads):
             return loss
         self._init_group()
-        params = [real_view(p) for p in self._arena.params]
+        arena = held(self._arena)
+        params = [real_view(p) for p in arena.params]
         if not torch.compiler.is_compiling():
-            self._advance(params, grads, self._arena)
+            self._advance(params, grads, arena)
         elif is_hookless(self._hooks(), self._common()):
-            torch.ops.adaqn.whole_step(self._handle, params, grads, self._arena.tensors())
+            torch.ops.adaqn.whole_step(self._handle, params, grads, arena.tensors())
         else:
-            self._advance_outside_graph(params, grads)
+            self._advance_outside_graph(params, grads)  # pyright: ignore
         return loss
 
     def _init_group(self) -> None:
@@ -506,17 +509,17 @@ class AdaQN(Optimizer):
         """
         self._check_whole()
         self._live.check(self.param_groups, allocated=True)
-        if self._watch.sees_change(self._parameters(), self.state):
+        if held(self._watch).sees_change(self._parameters(), self.state):
             raise RuntimeError(
                 "parameters or state were replaced after the step had been compiled; call "
                 "torch.compiler.reset() and compile it anew"
             )
-        self._advance(params, grads, self._arena.over(state))
+        self._advance(params, grads, held(self._arena).over(state))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """A compiled step that calls the user's functions: Python that no graph can hold."""
-        self._advance(params, grads, self._arena)
+        self._advance(params, grads, held(self._arena))
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -550,7 +553,8 @@ class AdaQN(Optimizer):
 
     def _advance(self, params: list[Tensor], grads: list[Tensor | None], state: Buffers) -> None:
         """One call of the schedule: a step and, every ``update_interval`` calls, a pair update."""
-        device = self._arena.device
+        arena = held(self._arena)
+        device = arena.device
         scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         settings = Settings.of(self.param_groups, device, *scaling)
         if self._calls == 0:
@@ -559,7 +563,7 @@ class AdaQN(Optimizer):
         # The dispatcher does so for lists of tensors, but not where some may be missing.
         grads = [None if g is None else g.resolve_neg() for g in grads]
         backend = ops.select_backend(device, self._common()["fused"])
-        owners, hooks, number = self._arena.params, self._hooks(), self._calls + 1
+        owners, hooks, number = arena.params, self._hooks(), self._calls + 1
         standing = [g is None for g in grads]
         before = [flag for group in self.param_groups for flag in group.get("standing", ())]
         anew = bool(before) and standing != before
@@ -576,7 +580,7 @@ class AdaQN(Optimizer):
             self._calls = call.number
             if state.gradient_sum is not None:
                 self._note_standing(standing)
-            self._arena.calls.fill_(call.number)
+            arena.calls.fill_(call.number)
 
         with full_precision(device) if by_torch else nullcontext(), uninterrupted() as hold:
             try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .arena import real_view
+from .arena import held, real_view
 from .history import History
 from .interrupts import uninterrupted
 from .layout import Counter, Stop, Word
@@ -165,6 +165,9 @@ class LBFGS(Optimizer):
         >>> optimizer.stats()["stopped"]
     """
 
+    #: While a state_dict is loaded, the history that it describes, if it has one.
+    _incoming: History | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -305,11 +308,12 @@ class LBFGS(Optimizer):
         state.setdefault("n_iter", 0)
         if self._history is None:
             self._bind(self._new_history(options))
-        device = self._history.device
+        history = held(self._history)
+        device = history.device
         backend = ops.select_backend(device, options["fused"])
         with full_precision(device), uninterrupted() as hold:
             search = Search(
-                backend.ops, backend.name == "native", self._parameters(), self._history, options,
+                backend.ops, backend.name == "native", self._parameters(), history, options,
                 closure, hold, state["n_iter"] > 0,
             )  # fmt: skip
             try:
@@ -336,7 +340,7 @@ class LBFGS(Optimizer):
         if not self._uncounted:
             return
         self._uncounted = False
-        words = self._history.words.tolist()
+        words = held(self._history).words.tolist()
         self.state[self._parameters()[0]]["n_iter"] += int(words[Word.ITERATIONS])
         stopped = Stop(int(words[Word.STATUS]))
         self._stopped = Stop.EVALUATIONS if stopped is Stop.NOT else stopped
@@ -474,4 +478,4 @@ def _validate(options: Mapping[str, Any]) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other or float(one) == float(other)
-    return one == other
+    return bool(one == other)
