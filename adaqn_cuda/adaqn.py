@@ -32,6 +32,7 @@ from .options import (
 from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
+from .sharding import check_not_divided, check_whole
 from .step import Call, Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 
@@ -173,6 +174,10 @@ class AdaQN(Optimizer):
     monitor or ``curvature`` raises, nothing has changed either. Ctrl-C waits until a step is whole,
     or reaches a function of yours at once.
 
+    Every process must have whole parameters, as with ``DistributedDataParallel``; shards are
+    refused. ``ZeroRedundancyOptimizer`` serves where there are neither pairs nor ``max_grad_norm``;
+    every process then looks for infinities and outliers among its own parameters.
+
     Parameters, and tensors in ``state``, may be replaced, and parameters put into a group or taken
     out of it by hand: the next step goes on with what it finds. New parameters begin without state;
     pairs are dropped where a parameter has gone.
@@ -181,7 +186,8 @@ class AdaQN(Optimizer):
         ValueError: an option is out of range, a common option differs between groups, or something
             is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
-        RuntimeError: ``fused=True`` without native kernels, or ``differentiable=True``.
+        RuntimeError: ``fused=True`` without native kernels, ``differentiable=True``, or a parameter
+            is a shard, of FSDP or tensor parallelism.
 
     :meth:`step` raises these, too, for options that have been changed since.
 
@@ -244,6 +250,11 @@ class AdaQN(Optimizer):
             values = {**values, "curvature": "product"}
         defaults = {name: values[name] for name in CHECKS}
         validate(defaults)
+        if history_size > 0 or max_grad_norm < inf:
+            check_not_divided(
+                "curvature pairs and max_grad_norm are of all of them; pass history_size=0 and "
+                "max_grad_norm=inf, or use AdaQN by itself"
+            )
         self.monitor, self.curvature_closure = monitor, curvature_closure
         self._check_hooks(defaults)
         self._arena: Arena | None = None
@@ -269,6 +280,7 @@ class AdaQN(Optimizer):
             ValueError: an option differs from the optimizer's that may not, or a parameter lives
                 on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
+            RuntimeError: a parameter is a shard, of FSDP or tensor parallelism.
         """
         if isinstance(param_group, dict):
             if "max_factor_dim" in param_group:
@@ -282,6 +294,7 @@ class AdaQN(Optimizer):
             group = self.param_groups[-1]
             _drop_duplicates(group)
             check_dtypes(group["params"])
+            check_whole(group["params"])
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
             group["blocks"] = [as_blocks(given.get(p, 1)) for p in group["params"]]

@@ -19,6 +19,7 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping
 from .search import Search
+from .sharding import check_not_divided, check_whole
 from .watch import check_device, check_dtypes
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
@@ -194,6 +195,7 @@ class LBFGS(Optimizer):
         values = locals()
         defaults = {name: values[name] for name in CHECKS}
         _validate(defaults)
+        check_not_divided("L-BFGS has one direction for all of them; use LBFGS by itself")
         if max_eval is None:
             least = max_iter + ARMIJO_MORE if line_search_fn == "armijo" else 0
             defaults["max_eval"] = max(max_iter * 5 // 4, least)
@@ -216,7 +218,8 @@ class LBFGS(Optimizer):
         Raises:
             ValueError: an option differs from that of the others.
             TypeError: a parameter is neither floating-point nor complex.
-            RuntimeError: there have been steps; the pairs would not fit.
+            RuntimeError: there have been steps, and the pairs would not fit; or a parameter is a
+                shard, of FSDP or tensor parallelism.
         """
         if self._history is not None:
             raise RuntimeError(
@@ -225,6 +228,7 @@ class LBFGS(Optimizer):
         super().add_param_group(param_group)
         try:
             check_dtypes(self.param_groups[-1]["params"])
+            check_whole(self.param_groups[-1]["params"])
             self._options()
         except Exception:
             self.param_groups.pop()
