@@ -6,6 +6,7 @@ from .lbfgs import DETERMINISTIC, LBFGS
 from .options import PAPER
 from .products import gauss_newton, hessian
 from .version import __version__
+from .wrappers import unwrap
 
 __all__ = [
     "DETERMINISTIC",
@@ -16,4 +17,5 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "rnn_blocks",
+    "unwrap",
 ]

@@ -245,7 +245,7 @@ class AdaQN(Optimizer):
         if max_factor_dim is not None:
             block_size = _renamed(max_factor_dim)
         values = locals()
-        self.curvature_product = curvature if callable(curvature) else None
+        product = curvature if callable(curvature) else None
         if callable(curvature):
             values = {**values, "curvature": "product"}
         defaults = {name: values[name] for name in CHECKS}
@@ -255,7 +255,7 @@ class AdaQN(Optimizer):
                 "curvature pairs and max_grad_norm are of all of them; pass history_size=0 and "
                 "max_grad_norm=inf, or use AdaQN by itself"
             )
-        self.monitor, self.curvature_closure = monitor, curvature_closure
+        self._hooks = Hooks(monitor, curvature_closure, product)
         self._check_hooks(defaults)
         self._arena: Arena | None = None
         self._calls = 0
@@ -268,6 +268,38 @@ class AdaQN(Optimizer):
             self._note_blocks()
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
+
+    # ------------------------------------------------------------------ functions of the user's
+
+    # They lie in one object, so that a wrapper which shows what the optimizer has, as Lightning's
+    # does, sets them here and not in itself.
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The function of the monitored loss; may be assigned at any time."""
+        return self._hooks.monitor
+
+    @monitor.setter
+    def monitor(self, function: Monitor | None) -> None:
+        self._hooks.monitor = function
+
+    @property
+    def curvature_closure(self) -> Callable[[], Tensor] | None:
+        """The function of the loss on the current batch; may be assigned at any time."""
+        return self._hooks.curvature_closure
+
+    @curvature_closure.setter
+    def curvature_closure(self, function: Callable[[], Tensor] | None) -> None:
+        self._hooks.curvature_closure = function
+
+    @property
+    def curvature_product(self) -> Product | None:
+        """The callable that was given as ``curvature``; may be assigned at any time."""
+        return self._hooks.curvature_product
+
+    @curvature_product.setter
+    def curvature_product(self, function: Product | None) -> None:
+        self._hooks.curvature_product = function
 
     # ------------------------------------------------------------------ parameters and state
 
@@ -314,9 +346,8 @@ class AdaQN(Optimizer):
 
     def _check_hooks(self, common: dict[str, Any]) -> None:
         """What is called at pair updates must be callable, and there."""
-        hooks = ("monitor", "curvature_closure", "curvature_product")
-        for name in hooks:
-            check_callable(name, getattr(self, name), common["history_size"])
+        for name, hook in vars(self._hooks).items():
+            check_callable(name, hook, common["history_size"])
 
     def _plan(self, groups: list[dict[str, Any]]) -> Plan | None:
         """The Kronecker factors under the options of ``groups``, if there are to be any."""
@@ -490,7 +521,7 @@ class AdaQN(Optimizer):
         params = [real_view(p) for p in arena.params]
         if not torch.compiler.is_compiling():
             self._advance(params, grads, arena)
-        elif is_hookless(self._hooks(), self._common()):
+        elif is_hookless(self._hooks, self._common()):
             torch.ops.adaqn.whole_step(self._handle, params, grads, arena.tensors())
         else:
             self._advance_outside_graph(params, grads)  # pyright: ignore
@@ -548,9 +579,6 @@ class AdaQN(Optimizer):
                 grads[index] = torch.view_as_real(g.resolve_conj())
         return grads
 
-    def _hooks(self) -> Hooks:
-        return Hooks(self.monitor, self.curvature_closure, self.curvature_product)
-
     def _check_curvature(self, common: dict[str, Any]) -> None:
         if common["curvature"] == "difference" and self.curvature_closure is None:
             raise RuntimeError(
@@ -576,7 +604,7 @@ class AdaQN(Optimizer):
         # The dispatcher does so for lists of tensors, but not where some may be missing.
         grads = [None if g is None else g.resolve_neg() for g in grads]
         backend = ops.select_backend(device, self._common()["fused"])
-        owners, hooks, number = arena.params, self._hooks(), self._calls + 1
+        owners, hooks, number = arena.params, self._hooks, self._calls + 1
         standing = [g is None for g in grads]
         before = [flag for group in self.param_groups for flag in group.get("standing", ())]
         anew = bool(before) and standing != before
@@ -751,7 +779,7 @@ class AdaQN(Optimizer):
         if "_handle" not in self.__dict__:  # unpickled or copied
             self._prepare()
             self._arena = None
-            self.monitor = self.curvature_closure = self.curvature_product = None
+            self._hooks = Hooks(None, None, None)
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
         for name in GROUPED:  # groups that are added take what is loaded, too

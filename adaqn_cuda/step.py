@@ -30,7 +30,7 @@ from .options import PER_GROUP, common_options
 Monitor = Callable[[], "Tensor | float"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hooks:
     """Functions of the user's that are called at pair updates."""
 
