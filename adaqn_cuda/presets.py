@@ -16,8 +16,8 @@ r"""Settings of published methods, as arguments of :class:`adaqn_cuda.AdaQN`.
     batch should be larger than that of the gradients::
 
         product = hessian(model, loss_fn, batch=lambda: next(large_batches))
-        optimizer = AdaQN(model.parameters(), lr=0.1, **{**SQN, "curvature": product})
-        scheduler = LambdaLR(optimizer, lambda k: 1 / (1 + k))  # the paper's step lengths beta / k
+        optimizer = AdaQN(model.parameters(), lr=beta, **{**SQN, "curvature": product})
+        scheduler = LambdaLR(optimizer, lambda k: 1 / (1 + k))  # the paper's beta / k
 
     The iterates are those of the paper. It assumes convexity; where :math:`s_t^\top y_t` is not
     positive, the pair is refused and :math:`\bar w_{t-1}` stays for the next one. A batch is asked
