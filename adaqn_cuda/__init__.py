@@ -3,7 +3,7 @@
 from .adaqn import AdaQN
 from .blocks import rnn_blocks
 from .lbfgs import DETERMINISTIC, LBFGS
-from .options import PAPER
+from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
 from .version import __version__
 from .wrappers import unwrap
@@ -11,7 +11,9 @@ from .wrappers import unwrap
 __all__ = [
     "DETERMINISTIC",
     "LBFGS",
+    "OLBFGS",
     "PAPER",
+    "SQN",
     "AdaQN",
     "__version__",
     "gauss_newton",

@@ -51,7 +51,8 @@ class AdaQN(Optimizer):
     Fisher matrix with it. If a monitored loss has grown by more than ``max_increase``, all pairs
     and gradients are dropped and the parameters go back to the last averaged iterate that was
     accepted. See `adaQN: An Adaptive Quasi-Newton Algorithm for Training RNNs`_, Algorithm 1;
-    ``AdaQN(params, **PAPER)`` is its setting.
+    ``AdaQN(params, **PAPER)`` is its setting; :mod:`adaqn_cuda.presets` has those of SQN and online
+    L-BFGS, too.
 
     :math:`H^0` is one of
 
@@ -588,8 +589,8 @@ class AdaQN(Optimizer):
             )
         if common["curvature"] == "product" and self.curvature_product is None:
             raise RuntimeError(
-                "curvature: the callable is not part of copies and checkpoints; assign it to "
-                "curvature_product"
+                "curvature: there is no callable, which presets, copies and checkpoints leave out; "
+                "assign it to curvature_product"
             )
 
     def _advance(self, params: list[Tensor], grads: list[Tensor | None], state: Buffers) -> None:
