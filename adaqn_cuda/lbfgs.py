@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .arena import real_view
+from .arena import held, real_view
 from .history import History
 from .interrupts import uninterrupted
 from .layout import Counter, Stop, Word
@@ -19,6 +19,7 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping
 from .search import Search
+from .sharding import check_not_divided, check_whole
 from .watch import check_device, check_dtypes
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
@@ -165,6 +166,9 @@ class LBFGS(Optimizer):
         >>> optimizer.stats()["stopped"]
     """
 
+    #: While a state_dict is loaded, the history that it describes, if it has one.
+    _incoming: History | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -191,6 +195,7 @@ class LBFGS(Optimizer):
         values = locals()
         defaults = {name: values[name] for name in CHECKS}
         _validate(defaults)
+        check_not_divided("L-BFGS has one direction for all of them; use LBFGS by itself")
         if max_eval is None:
             least = max_iter + ARMIJO_MORE if line_search_fn == "armijo" else 0
             defaults["max_eval"] = max(max_iter * 5 // 4, least)
@@ -213,7 +218,8 @@ class LBFGS(Optimizer):
         Raises:
             ValueError: an option differs from that of the others.
             TypeError: a parameter is neither floating-point nor complex.
-            RuntimeError: there have been steps; the pairs would not fit.
+            RuntimeError: there have been steps, and the pairs would not fit; or a parameter is a
+                shard, of FSDP or tensor parallelism.
         """
         if self._history is not None:
             raise RuntimeError(
@@ -222,6 +228,7 @@ class LBFGS(Optimizer):
         super().add_param_group(param_group)
         try:
             check_dtypes(self.param_groups[-1]["params"])
+            check_whole(self.param_groups[-1]["params"])
             self._options()
         except Exception:
             self.param_groups.pop()
@@ -305,11 +312,12 @@ class LBFGS(Optimizer):
         state.setdefault("n_iter", 0)
         if self._history is None:
             self._bind(self._new_history(options))
-        device = self._history.device
+        history = held(self._history)
+        device = history.device
         backend = ops.select_backend(device, options["fused"])
         with full_precision(device), uninterrupted() as hold:
             search = Search(
-                backend.ops, backend.name == "native", self._parameters(), self._history, options,
+                backend.ops, backend.name == "native", self._parameters(), history, options,
                 closure, hold, state["n_iter"] > 0,
             )  # fmt: skip
             try:
@@ -336,7 +344,7 @@ class LBFGS(Optimizer):
         if not self._uncounted:
             return
         self._uncounted = False
-        words = self._history.words.tolist()
+        words = held(self._history).words.tolist()
         self.state[self._parameters()[0]]["n_iter"] += int(words[Word.ITERATIONS])
         stopped = Stop(int(words[Word.STATUS]))
         self._stopped = Stop.EVALUATIONS if stopped is Stop.NOT else stopped
@@ -474,4 +482,4 @@ def _validate(options: Mapping[str, Any]) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other or float(one) == float(other)
-    return one == other
+    return bool(one == other)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ SCHEMAS = {
 _library = torch.library.Library("adaqn", "DEF")
 
 
-def _fake(*args, **kwargs) -> None:
+def _fake(*args: object, **kwargs: object) -> None:
     """No operation returns anything; all write into their arguments."""
 
 
@@ -165,7 +166,7 @@ def native_obstacle(device: torch.device) -> str | None:
     return obstacle
 
 
-def load_kernels(device: torch.device, fused: bool | None, **kinds: object) -> None:
+def load_kernels(device: torch.device, fused: bool | None, **kinds: Any) -> None:
     """Load CUDA kernels, as :func:`native.load_cuda_kernels` does, where they are to run."""
     if device.type == "cuda" and fused is not False and native_obstacle(device) is None:
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -87,9 +87,10 @@ class Search:
                     f"closure: the loss is on {loss.device}, the parameters on {self.h.device}; "
                     "move the loss to the parameters"
                 )
-            loss = loss.detach().reshape(())
-            loss = loss if loss.is_floating_point() else loss.double()
-            return loss.to(self.h.device, non_blocking=loss.device.type == "cpu" and not self.reads)
+            value: Tensor = loss.detach().reshape(())
+            value = value if value.is_floating_point() else value.double()
+            ahead = value.device.type == "cpu" and not self.reads
+            return value.to(self.h.device, non_blocking=ahead)
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
             raise TypeError(
                 f"closure: expected it to return the loss, got {loss!r}; end it with 'return loss'"
@@ -136,7 +137,7 @@ class Search:
     @property
     def is_armijo(self) -> bool:
         """Whether trials are judged on the device."""
-        return self.options["line_search_fn"] == "armijo"
+        return bool(self.options["line_search_fn"] == "armijo")
 
     def go_back(self) -> None:
         """The parameters to the iterate, and no pair from the step that was not made."""
