@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops
+from . import capture, ops
 from .arena import Arena, Buffers, Sizes, held, real_view
 from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
 from .compiled import register
@@ -151,7 +151,9 @@ class AdaQN(Optimizer):
             synchronisation. What is captured in a graph repeats the turns that pairs and factors
             had in the captured calls: capture as many successive ones, after the tenth, as the
             least common multiple of ``update_interval``, if there are pairs, and of 2 and
-            ``factor_interval``, if there are factors (default: ``True``).
+            ``factor_interval``, if there are factors, and replay them in their order; where that is
+            more than one, the first captured step warns. A step must have been taken before
+            (default: ``True``).
         differentiable (bool, optional): must be ``False``.
         max_factor_dim (int, optional): deprecated name of ``block_size``.
 
@@ -376,6 +378,7 @@ class AdaQN(Optimizer):
         self._seen_blocks: list[list[Blocks]] = []
         self._seen_sizes: list[int] = []
         self._halfway = False
+        self._warned_of_turns = False
 
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
         """Buffers for all parameters under the options of ``groups``.
@@ -402,6 +405,12 @@ class AdaQN(Optimizer):
             self._watch = Watch(arena.params, entries)
             self._seen_sizes = [len(group["params"]) for group in self.param_groups]
             self._live.fix(self.param_groups)
+            sizes = arena.sizes
+            ops.load_kernels(
+                arena.device, self._common()["fused"], vectors=sizes.dtype,
+                pairs=sizes.history_dtype, fisher=sizes.fisher_dtype,
+                has_pairs=sizes.history_size > 0, kronecker=arena.plan is not None,
+            )  # fmt: skip
 
     def _reconcile(self) -> None:
         """Honour what has been replaced since the last call, or raise; nothing is written before.
@@ -536,6 +545,7 @@ class AdaQN(Optimizer):
         self._check_whole()
         self._reconcile()
         if self._arena is None:
+            capture.check_uncaptured(self._parameters()[0].device)
             self._bind(self._new_arena(self.param_groups), calls=0)
 
     def _check_whole(self) -> None:
@@ -597,6 +607,9 @@ class AdaQN(Optimizer):
         """One call of the schedule: a step and, every ``update_interval`` calls, a pair update."""
         arena = held(self._arena)
         device = arena.device
+        if not self._warned_of_turns and capture.is_captured(device):
+            capture.warn_of_turns(self._common(), arena.plan is not None, self._calls + 1)
+            self._warned_of_turns = True
         scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         settings = Settings.of(self.param_groups, device, *scaling)
         if self._calls == 0:

@@ -27,10 +27,15 @@ class Compilable(Protocol):
 _optimizers: WeakValueDictionary[int, Compilable] = WeakValueDictionary()
 _handles = count()
 
+#: A CUDA graph would repeat what the host has decided in one call.
+_TAGS = [torch.Tag.pt2_compliant_tag]
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # not in older versions
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
+
 _library = torch.library.Library("adaqn", "FRAGMENT")
 _library.define(
     "whole_step(int handle, Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] state) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=tuple(_TAGS),
 )
 
 

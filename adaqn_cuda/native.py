@@ -20,6 +20,8 @@ import torch
 #: Types of devices for which there may be native kernels.
 SERVED = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
+#: Dtypes of a state in the order of csrc/cuda's ``Type``.
+CUDA_TYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: What a failed build leaves in the built package: its reason, in one line.
 BUILD_FAILURE = PACKAGE / "_build_failure.txt"
 #: In a library, what comes before its record: JSON, and a zero byte.
@@ -134,6 +136,35 @@ def _probe(index: int) -> str | None:
     with torch.cuda.device(index):
         error = probe(ctypes.c_int(index))
     return None if error is None else error.decode()
+
+
+@cache
+def load_cuda_kernels(
+    index: int,
+    vectors: torch.dtype,
+    pairs: torch.dtype,
+    fisher: torch.dtype,
+    *,
+    has_pairs: bool = False,
+    kronecker: bool = False,
+    search: bool = False,
+) -> None:
+    """Load the CUDA kernels of an optimizer on a device, once.
+
+    The driver does so at the first launch, which may be too late while a graph is being captured.
+    Nothing is said of a failure: the launch fails, too, and tells more.
+
+    Args:
+        index: of the device.
+        vectors, pairs, fisher: dtypes of the state.
+        has_pairs: whether there are pair updates.
+        kronecker: whether there are factors.
+        search: whether it is L-BFGS.
+    """
+    load = ctypes.CDLL(str(library_path())).adaqn_cuda_load
+    types = (CUDA_TYPES.index(dtype) for dtype in (vectors, pairs, fisher))
+    with torch.cuda.device(index):
+        load(index, *types, search, has_pairs, kronecker)
 
 
 def _warned(what: str, reason: str | None) -> str | None:

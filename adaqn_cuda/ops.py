@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -163,6 +164,13 @@ def native_obstacle(device: torch.device) -> str | None:
         index = torch.cuda.current_device() if device.index is None else device.index
         obstacle = native.cuda_obstacle(index)
     return obstacle
+
+
+def load_kernels(device: torch.device, fused: bool | None, **kinds: Any) -> None:
+    """Load CUDA kernels, as :func:`native.load_cuda_kernels` does, where they are to run."""
+    if device.type == "cuda" and fused is not False and native_obstacle(device) is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        native.load_cuda_kernels(index, **kinds)
 
 
 def select_backend(device: torch.device, fused: bool | None) -> Backend:

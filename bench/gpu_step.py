@@ -1,13 +1,15 @@
 """Cost of an optimizer step on a GPU, against its byte floor and other optimizers.
 
-    python bench/gpu_step.py [--output FILE] [--budget SECONDS] [--cases REGEX]
+    python bench/gpu_step.py [--output FILE] [--budget SECONDS] [--cases REGEX] [--optimizers REGEX]
     python bench/gpu_step.py --dry-run      # tiny sizes on the CPU: proves this script's logic
 
 Writes one JSON file: device, versions, date and commit, the copy bandwidth measured in this run,
 and a list of records.  A record's ``mode`` reads ``how/which step/which clock``:
 
 * how: ``eager`` or ``graph`` (CUDA graph replay);
-* which step: ``plain``, ``pair-update`` (every L-th), ``amortised`` over L steps;
+* which step: ``plain``, ``pair-update`` (every L-th), ``amortised`` over L steps, or ``period``:
+  the average of as many successive ones as the schedule of factors repeats itself after, of which
+  ``worst_to_median`` compares the dearest with the others;
 * which clock: ``device`` (between two events, the queue filled beforehand) or ``wall``.
 
 ``floor_us`` is what the step's unavoidable bytes take at the measured copy bandwidth.
@@ -24,16 +26,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from adaqn_cuda import PAPER, AdaQN, __version__
+from adaqn_cuda import LBFGS, PAPER, AdaQN, __version__
+from adaqn_cuda.capture import period
 from adaqn_cuda.demo.models import RecurrentLM, loss_of
 from adaqn_cuda.layout import Counter
+from adaqn_cuda.reference.kronecker import FIRST_CALLS
 
 FISHER_SIZE, INTERVAL = 32, 10
 RESULTS = Path(__file__).parent / "results"
@@ -80,9 +84,10 @@ def language_models() -> dict[str, tuple[Callable[[], RecurrentLM], int, int, in
 def cases(tiny: bool) -> dict[str, list[tuple[int, ...]]]:
     """Parameter shapes by name of the case."""
     if tiny:
-        return {"flat 1e3": [(1000,)], "30 tiny tensors": [(7,)] * 30}
+        return {"5 tiny tensors": [(7, 2)] * 5}
     rows = {f"flat 1e{n}": [(10**n,)] for n in range(4, 9)}
     rows["1e6 in 64 tensors"] = [(15_625,)] * 64
+    rows["1e7 in 300 tensors"] = [(128, 256), (128,)] * 150 + [(256, 128)] * 150
     rows.update((name, shapes_of(model())) for name, (model, *_) in language_models().items())
     return {**rows, "ResNet-50": resnet50(), "ViT-B": vit_b(), "3 000 tiny tensors": [(33,)] * 3000}
 
@@ -103,6 +108,7 @@ class Record:
     launches: int | None
     host_syncs: int | None
     state_bytes: int
+    worst_to_median: float | None = None
 
 
 @dataclass
@@ -116,7 +122,9 @@ class Contender:
         history_size, history_dtype: for the records.
         prepare: fills the optimizer's memory, once.
         kinds: the steps to measure.
+        warm_up: steps before that.
         graphs: whether to capture it, too.
+        closure_for: the closure of a step on these parameters.
     """
 
     name: str
@@ -127,7 +135,10 @@ class Contender:
     prepare: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None
     kinds: tuple[str, ...] = ("plain",)
     graphs: bool = False
-    closure: Callable[[], torch.Tensor] | None = field(default=None)
+    warm_up: int = 2
+    closure_for: Callable[[list[torch.nn.Parameter]], Callable[[], torch.Tensor] | None] = (
+        lambda params: None
+    )
 
 
 def adaqn_bytes(m: int, width: int, kind: str, momentum: bool = False, cap: bool = False) -> float:
@@ -173,6 +184,24 @@ def fill_lbfgs(optimizer: torch.optim.LBFGS, m: int) -> None:
     state["al"] = [None] * m
 
 
+def constant(loss: torch.Tensor, _: list[torch.nn.Parameter]) -> Callable[[], torch.Tensor]:
+    """A closure that costs nothing."""
+    return lambda: loss
+
+
+def quadratic(params: list[torch.nn.Parameter]) -> Callable[[], torch.Tensor]:
+    """A closure that costs two passes over the parameters, and of which steps yield pairs."""
+    scales = [torch.rand_like(p) + 0.5 for p in params]
+
+    @torch.no_grad()
+    def closure() -> torch.Tensor:
+        for p, g in zip(params, torch._foreach_mul(params, scales), strict=True):
+            p.grad = g
+        return sum((p * p.grad).sum() for p in params) / 2
+
+    return closure
+
+
 def contenders(device: str, histories: tuple[int, ...]) -> Iterator[Contender]:
     for m in histories:
         for dtype in (torch.float32, torch.bfloat16):
@@ -199,10 +228,11 @@ def contenders(device: str, histories: tuple[int, ...]) -> Iterator[Contender]:
         "AdaQN diagonal", partial(AdaQN, **diagonal), lambda _: DIAGONAL_BYTES, 0,
         graphs=device == "cuda",
     )  # fmt: skip
-    yield Contender(
-        "AdaQN Kronecker", partial(AdaQN, **{**diagonal, "init": "kronecker"}),
-        lambda _: KRONECKER_BYTES, 0,
-    )  # fmt: skip
+    for name, size in (("AdaQN default", {}), ("AdaQN, blocks of 64", {"block_size": 64})):
+        yield Contender(
+            name, partial(AdaQN, lr=1e-9, **size), lambda _: KRONECKER_BYTES, 0,
+            kinds=("period",), graphs=device == "cuda",
+        )  # fmt: skip
     yield Contender(
         "AdaQN reference", partial(AdaQN, fused=False, **options), partial(adaqn_bytes, m, 4), m,
         torch.float32, fill_adaqn, ("plain", "pair-update"),
@@ -220,8 +250,13 @@ def contenders(device: str, histories: tuple[int, ...]) -> Iterator[Contender]:
         )  # fmt: skip
         loss = torch.zeros((), device=device)
         yield Contender(
-            "LBFGS", make, lambda _, m=m: 40 * m, m, torch.float32, partial(fill_lbfgs, m=m),
-            closure=lambda loss=loss: loss,
+            "torch's LBFGS", make, lambda _, m=m: 40 * m, m, torch.float32,
+            partial(fill_lbfgs, m=m), closure_for=partial(constant, loss),
+        )  # fmt: skip
+        # With the two evaluations of a step in it.
+        yield Contender(
+            "LBFGS", partial(LBFGS, lr=1e-3, max_iter=1, history_size=m),
+            lambda _, m=m: 44 + 16 + 12 * m, m, torch.float32, closure_for=quadratic, warm_up=m + 2,
         )  # fmt: skip
 
 
@@ -272,6 +307,24 @@ class Clock:
             times.append(start.elapsed_time(end) / batch * 1e3)
         return times
 
+    def each(self, call: Callable[[], object], count: int) -> list[float]:
+        """Times of ``count`` successive calls, medians over rounds of them."""
+        rounds = []
+        for _ in range(7):
+            if self.device != "cuda":
+                rounds.append([self._batch(call, 1) for _ in range(count)])
+                continue
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+            torch.cuda._sleep(int(0.05 * 2e9))  # until the host has queued them all
+            events[0].record()
+            for event in events[1:]:
+                call()
+                event.record()
+            self.synchronize()
+            pairs = zip(events[:-1], events[1:], strict=True)
+            rounds.append([a.elapsed_time(b) * 1e3 for a, b in pairs])
+        return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
 
 def copy_bandwidth(clock: Clock, tiny: bool) -> float:
     """Bytes per second, read and written, of a large copy on the device."""
@@ -313,7 +366,7 @@ def synchronisations_of(call: Callable[[], object], device: str) -> int | None:
 class Bench:
     def __init__(self, device: str, tiny: bool, budget: float) -> None:
         self.device, self.tiny = device, tiny
-        self.clock = Clock(device, 0.02 if tiny else 0.15)
+        self.clock = Clock(device, 0.002 if tiny else 0.15)
         self.deadline = time.monotonic() + budget
         self.bandwidth = copy_bandwidth(self.clock, tiny)
         self.records: list[Record] = []
@@ -331,19 +384,23 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         params = self.parameters(shapes)
-        optimizer = contender.make(params)
-        for _ in range(2):
-            optimizer.step(contender.closure)
+        optimizer, closure = contender.make(params), contender.closure_for(params)
+        turns = turns_of(optimizer) if "period" in contender.kinds else 1
+        for _ in range(contender.warm_up + (FIRST_CALLS if turns > 1 else 0)):
+            optimizer.step(closure)
         contender.prepare(optimizer)
         device_us, wall_us = {}, {}
         for kind in contender.kinds:
-            step = partial(self.step, optimizer, contender, kind)
-            device_us[kind], wall_us[kind] = self.both_clocks(step)
+            step = partial(self.steps, optimizer, closure, kind, turns)
+            device_us[kind], wall_us[kind] = self.both_clocks(step, turns)
             counts = launches_of(step, self.device), synchronisations_of(step, self.device)
-            self.add(case, params, contender, optimizer, f"eager/{kind}/device", device_us, counts)
-            self.add(case, params, contender, optimizer, f"eager/{kind}/wall", wall_us, counts)
+            counts = tuple(n if n is None else round(n / turns) for n in counts)
+            worst = self.worst(partial(optimizer.step, closure), turns) if turns > 1 else None
+            for clock, times in (("device", device_us), ("wall", wall_us)):
+                mode = f"eager/{kind}/{clock}"
+                self.add(case, params, contender, optimizer, mode, times, counts, worst)
             if contender.graphs:
-                self.graph(case, params, contender, optimizer, kind)
+                self.graph(case, params, contender, optimizer, kind, step, turns)
         for clock, times in (("device", device_us), ("wall", wall_us)):
             if "pair-update" in times:
                 self.add(case, params, contender, optimizer, f"eager/amortised/{clock}", times)
@@ -351,26 +408,38 @@ class Bench:
             name = f"{case}, {contender.name}, {contender.history_size}, {contender.history_dtype}"
             self.peak_bytes[name] = torch.cuda.max_memory_allocated()
 
-    def both_clocks(self, step: Callable[[], object]) -> tuple[list[float], list[float]]:
-        wall = self.clock.wall(step)
-        return self.clock.on_device(step, statistics.median(wall)), wall
+    def both_clocks(
+        self, steps: Callable[[], object], turns: int
+    ) -> tuple[list[float], list[float]]:
+        """Microseconds of one of the ``turns`` steps that a call makes."""
+        wall = self.clock.wall(steps)
+        device = self.clock.on_device(steps, statistics.median(wall))
+        return [t / turns for t in device], [t / turns for t in wall]
+
+    def worst(self, step: Callable[[], object], turns: int) -> float:
+        """The dearest of ``turns`` successive steps, in medians of them."""
+        times = self.clock.each(step, turns)
+        return round(max(times) / statistics.median(times), 3)
 
     @staticmethod
-    def step(optimizer: torch.optim.Optimizer, contender: Contender, kind: str) -> None:
+    def steps(optimizer: torch.optim.Optimizer, closure, kind: str, turns: int) -> None:
         if isinstance(optimizer, AdaQN):
             optimizer.param_groups[0]["update_interval"] = 1 if kind == "pair-update" else 10**9
-        optimizer.step(contender.closure)
+        for _ in range(turns):
+            optimizer.step(closure)
 
-    def graph(self, case, params, contender, optimizer, kind) -> None:
+    def graph(self, case, params, contender, optimizer, kind, step, turns) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.step(optimizer, contender, kind)
-        device, wall = self.both_clocks(graph.replay)
+            step()
+        device, wall = self.both_clocks(graph.replay, turns)
         for clock, times in (("device", device), ("wall", wall)):
             mode = f"graph/{kind}/{clock}"
             self.add(case, params, contender, optimizer, mode, {kind: times}, (1, 0))
 
-    def add(self, case, params, contender, optimizer, mode, times, counts=(None, None)) -> None:
+    def add(
+        self, case, params, contender, optimizer, mode, times, counts=(None, None), worst=None
+    ) -> None:
         _, kind, _ = mode.split("/")
         if kind == "amortised":
             pairs = zip(times["plain"], times["pair-update"], strict=True)
@@ -388,7 +457,7 @@ class Bench:
             Record(
                 case, contender.name, d, len(params), contender.history_size, dtype, mode,
                 round(median, 3), round(quartiles[2] - quartiles[0], 3), round(floor, 3),
-                round(median / floor, 3) if floor else 0.0, *counts, state_bytes(optimizer),
+                round(median / floor, 3) if floor else 0.0, *counts, state_bytes(optimizer), worst,
             )
         )  # fmt: skip
 
@@ -408,8 +477,14 @@ class Bench:
         progress(total, total, "done")
 
 
+def turns_of(optimizer: AdaQN) -> int:
+    """Steps after which the schedule of factors repeats itself."""
+    common = {**optimizer.param_groups[0], "history_size": 0}
+    return period(common, factored=True)
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    if isinstance(optimizer, AdaQN):
+    if isinstance(optimizer, (AdaQN, LBFGS)):
         return optimizer.stats()["state_bytes"]
 
     def tensors(value) -> Iterator[torch.Tensor]:
@@ -453,7 +528,7 @@ def training_share(bench: Bench) -> list[dict]:
                 gradient()
                 optimizer.step()
 
-        for _ in range(12):  # a full history
+        for _ in range(1 if bench.tiny else 12):  # a full history
             interval()
         without = statistics.median(bench.clock.wall(gradient))
         whole = statistics.median(bench.clock.wall(interval)) / INTERVAL
@@ -499,7 +574,7 @@ def table(bench: Bench) -> str:
     lines = [f"{'case':22}{'optimizer':17}{'m':>4} {'pairs':9}{'mode':28}{'us':>11}{'x floor':>9}"
              f"{'launches':>9}{'syncs':>6}"]  # fmt: skip
     for r in bench.records:
-        if r.mode.endswith("/device") or r.optimizer == "LBFGS":
+        if r.mode.endswith("/device") or "LBFGS" in r.optimizer:
             lines.append(
                 f"{r.case:22}{r.optimizer:17}{r.history_size or '':>4} {r.history_dtype or '':9}"
                 f"{r.mode:28}{r.us_median:11.1f}{r.ratio_to_floor:9.2f}"
@@ -515,13 +590,19 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="default: bench/results/DEVICE-step.json")
     parser.add_argument("--budget", type=float, default=240, help="seconds (default: 240)")
     parser.add_argument("--cases", default="", help="only cases that match this regex")
+    parser.add_argument("--optimizers", default="", help="only optimizers that match this regex")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run tries this script on the CPU")
     device = "cpu" if options.dry_run else "cuda"
+    warnings.filterwarnings("ignore", message="AdaQN.step.. is being captured")
     bench = Bench(device, options.dry_run, options.budget)
     rows = {name: s for name, s in cases(bench.tiny).items() if re.search(options.cases, name)}
-    columns = list(contenders(device, (2, 3) if bench.tiny else (5, 10, 20)))
+    columns = [
+        c
+        for c in contenders(device, (2,) if bench.tiny else (5, 10, 20))
+        if re.search(options.optimizers, c.name)
+    ]
     bench.run(rows, columns)
     result = report(bench, training_share(bench))
     print(table(bench))

@@ -8,7 +8,7 @@ What capture asks for:
   copied into them, and gradients are zeroed, not dropped;
 * ``lr`` is a tensor, so that a schedule can change it between replays;
 * which step is due for a pair update is known on the host, so a plain step and a pair-update step
-  are captured apart, after both have run once;
+  are captured apart, after both have run once; this is what the warning at capture asks for;
 * whether a step is dropped, and a pair stored or skipped, is decided on the device, in the graph.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 
 import torch
 
@@ -76,6 +77,7 @@ class Trainer:
         Capturing advances the host's count of steps like stepping does, so it takes as many
         captures as an interval has steps, of which the first plain one and the due one are kept.
         """
+        warnings.filterwarnings("ignore", message="AdaQN.step.. is being captured")
         graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         for step in range(1, INTERVAL + 1):
             graph = torch.cuda.CUDAGraph()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from problems import plain_adaqn, random_parameters, set_gradients
 
+from adaqn_cuda import ops
+
 
 def run_pair(steps, compiled_from, monitor=None, fullgraph=True, **options):
     """The same run with and without torch.compile."""
@@ -46,3 +48,15 @@ def test_monitor_breaks_the_graph_but_works():
 
     optimizer = run_pair(12, 0, monitor=monitor, fullgraph=False, update_interval=3)
     assert optimizer.stats()["resets"] == 1
+
+
+def test_a_cuda_graph_does_not_hold_the_step():
+    """It would repeat what the host has decided in one call."""
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch does not know of it")
+    unsafe = {n for n in ("whole_step", *ops.SCHEMAS) if has_tag(n, torch.Tag.cudagraph_unsafe)}
+    assert unsafe == {"whole_step"}  # all other operations do what their arguments say
+
+
+def has_tag(name, tag):
+    return tag in getattr(torch.ops.adaqn, name).default.tags

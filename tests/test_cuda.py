@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from every_option import EVERY_OPTION, make_every
 from kernel_problems import BF16, F32, F64, Case
 from kernel_properties import (
     ALL,
@@ -78,6 +79,7 @@ from secant_properties import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaqn_cuda import LBFGS, ops
+from adaqn_cuda.capture import period
 from adaqn_cuda.layout import Turn
 from adaqn_cuda.lbfgs import DETERMINISTIC
 
@@ -347,21 +349,55 @@ def test_cpu_and_gpu_go_the_same_way(name):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_parameters_that_are_not_contiguous():
+LAYOUTS = {
+    "transposed": ((6, 5), lambda t: t.t().contiguous().t()),
+    "channels last": ((8, 6, 3, 3), lambda t: t.contiguous(memory_format=torch.channels_last)),
+    "five dimensions": (
+        (2, 3, 2, 3, 2),
+        lambda t: t.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [*OPTIONS, *BLOCK_OPTIONS])
+def test_parameters_that_are_not_contiguous(name, layout):
     """They give what contiguous ones give, and keep their strides."""
+    shape, strided = LAYOUTS[layout]
     results = []
-    for transpose in (False, True):
-        params, optimizer = make(shapes=((6, 5), (4,)))
-        if transpose:
-            params[0].data = params[0].data.t().contiguous().t()
+    for lay in (torch.Tensor.contiguous, strided):
+        params, optimizer = make(shapes=(shape, (4,)), **{**OPTIONS, **BLOCK_OPTIONS}[name])
+        params[0].data = lay(params[0].data)
         for step in range(8):
             set_gradients(params, step)
-            if transpose:
-                params[0].grad = params[0].grad.t().contiguous().t()
+            params[0].grad = lay(params[0].grad)
             optimizer.step()
-        assert params[0].is_contiguous() != transpose
+        assert params[0].is_contiguous() == (lay is torch.Tensor.contiguous)
         results.append([p.detach().clone() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def launched(call):
+    """Kernels and copies that a call puts on the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_device for event in profiler.events())
+
+
+def test_strided_parameters_take_three_more_launches():
+    """Parameters and gradients come in one each, and parameters go back in one."""
+    counts = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        params, optimizer = make_every_on("cuda", "the default", shapes=((8, 6, 3, 3),) * 17)
+        for p in params:
+            p.data = p.data.contiguous(memory_format=layout)
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        counts.append(launched(optimizer.step))
+    assert counts[1] == counts[0] + 3
 
 
 @pytest.fixture
@@ -417,6 +453,7 @@ def capture(optimizer, interval):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.filterwarnings("ignore:AdaQN.step.. is being captured")
 def test_captured_steps_replay_as_eager_ones(name):
     """lr changes between replays, and gradients come and go as not finite."""
     interval, results = 3, []
@@ -442,6 +479,7 @@ def test_captured_steps_replay_as_eager_ones(name):
 
 
 @pytest.mark.parametrize("name", BLOCK_OPTIONS)
+@pytest.mark.filterwarnings("ignore:AdaQN.step.. is being captured")
 def test_captured_kronecker_steps_are_eager_ones(name):
     """A graph for each of some calls, refreshes of bases among them."""
     results = []
@@ -458,6 +496,87 @@ def test_captured_kronecker_steps_are_eager_ones(name):
                 optimizer.step()
         results.append([p.detach().clone() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def make_every_on(device, name, shapes=((64, 33), (64,), (), (7, 5)), dtype=torch.float32):
+    params = [torch.nn.Parameter(p.detach().to(device, dtype)) for p in random_parameters(shapes)]
+    return params, make_every(name, params)
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_every_option_goes_the_cpus_way(name):
+    paths = []
+    for device in ("cpu", "cuda"):
+        params, optimizer = make_every_on(device, name, dtype=F64)
+        for step in range(24):
+            set_gradients(params, step)
+            optimizer.step()
+        paths.append([p.detach().cpu() for p in params])
+    rounded = EVERY_OPTION[name].get("history_dtype") is not None  # ties may go the other way
+    for a, b in zip(*paths, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if rounded else 1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_no_option_waits(no_synchronisation, name):
+    params, optimizer = make_every_on("cuda", name)
+    gradients = []
+    for step in range(40):
+        set_gradients(params, step, bad=step % 17 == 5)
+        gradients.append([p.grad.clone() for p in params])
+    optimizer.step()  # allocates
+    torch.cuda.synchronize()
+    no_synchronisation()
+    for grads in gradients:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.stats()["steps_skipped"] >= 2
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY_OPTION if n not in ("difference", "product")])
+@pytest.mark.filterwarnings("ignore:AdaQN.step.. is being captured")
+def test_a_captured_period_is_what_as_many_steps_are(name):
+    """Graphs of successive steps, replayed in their order; those of hooks run the user's code."""
+    results = []
+    for captured in (False, True):
+        params, optimizer = make_every_on("cuda", name)
+        factored = optimizer.param_groups[0]["init"] == "kronecker"
+        turns, graphs = period(optimizer.param_groups[0], factored), []
+        for step in range(12 + 3 * turns):
+            set_gradients(params, step)
+            if not captured or step < 12:
+                optimizer.step()
+                continue
+            if len(graphs) < turns:
+                graphs.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(graphs[-1]):
+                    optimizer.step()
+            graphs[(step - 12) % turns].replay()
+        results.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_capture_of_the_default_warns():
+    params, optimizer = make_every_on("cuda", "the default")
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(RuntimeWarning, match="Capture 10 successive"), torch.cuda.graph(graph):
+        optimizer.step()
+
+
+def test_first_launches_of_a_pair_update_in_a_graph():
+    """The kernels have been loaded, though none of them has run."""
+    params, optimizer = make(update_interval=2)
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(RuntimeWarning), torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    assert all(p.isfinite().all() for p in params)
 
 
 def test_side_stream():

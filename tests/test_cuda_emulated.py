@@ -1,12 +1,14 @@
 """Every CUDA kernel against the reference, run on the CPU by the emulation of tests/emulation."""
 
+from itertools import product
 from math import inf
 
 import pytest
 import torch
-from emulated import EmulatedOps, build
-from kernel_problems import Case, Problem, run
+from emulated import TYPES, EmulatedOps, build
+from kernel_problems import F32, F64, Case, Problem, run
 from kernel_properties import (
+    ALL,
     CASES,
     CHECKED,
     EVERYTHING,
@@ -210,6 +212,148 @@ def test_same_bits_without_cooperative_launch(case):
         assert (build().launches() - before == 1) == (blocks == 2)
         problems.append(problem)
     assert_same_bits(*problems)
+
+
+@pytest.mark.parametrize("operation", ["direction_step", "diagonal_step"])
+def test_a_refused_cooperative_launch_is_made_up_for(operation):
+    """As on a share of a device, of which the runtime does not tell."""
+    case = CASES["everything"].but(numels=(5, 0, 9_000, 64, 1))
+    case = case if operation == "direction_step" else case.without_pairs()
+    problems, counts = [], []
+    for blocks in (0, 3):
+        problem, before = Problem(case), build().launches()
+        build().limit_cooperative_launches(blocks)
+        try:
+            run(EmulatedOps(), operation, problem)
+        finally:
+            build().limit_cooperative_launches(0)
+        counts.append(build().launches() - before)
+        problems.append(problem)
+    assert counts[0] == 1 < counts[1]
+    assert_same_bits(*problems)
+
+
+# ------------------------------------------------------------------ tensors that are not contiguous
+
+
+LAYOUTS = {
+    "channels last": lambda t: t(8, 5, 3, 3).to(memory_format=torch.channels_last),
+    "channels last, 3-D": lambda t: t(2, 5, 3, 2, 2).to(memory_format=torch.channels_last_3d),
+    "transposed": lambda t: t(7, 5).mT,
+    "every other": lambda t: t(6, 10)[:, ::2],
+    "a part": lambda t: t(6, 10)[1:5, 2:7],
+    "reversed dimensions": lambda t: t(2, 3, 4, 5).permute(3, 2, 1, 0),
+    "ones": lambda t: t(1, 6, 1, 4).permute(0, 3, 2, 1),
+}
+
+
+def copy_strided(strided, dense, to_dense):
+    rows = [
+        (s.data_ptr(), d.data_ptr(), s.element_size(), list(s.shape), list(s.stride()))
+        for s, d in zip(strided, dense, strict=True)
+    ]
+    return build().copy_strided(rows, to_dense)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_elements_in_their_order_and_back(layout, dtype):
+    """What lies between them stays."""
+    storage = []
+
+    def tensor(*shape):
+        storage.append(torch.randn(*shape).to(dtype))
+        return storage[-1]
+
+    strided = LAYOUTS[layout](tensor)
+    assert not strided.is_contiguous()
+    dense = torch.full(strided.shape, torch.nan, dtype=dtype)
+    assert copy_strided([strided], [dense], True)
+    assert torch.equal(dense, strided)
+    before = storage[0].clone()
+    strided.fill_(torch.nan)
+    assert copy_strided([strided], [dense], False)
+    assert torch.equal(dense, strided)
+    assert torch.equal(storage[0], before)
+
+
+def test_all_strided_tensors_go_in_one_launch():
+    """Those of a ResNet-50 in channels_last do: 17 weights, or their gradients."""
+    for count, launched in ((17, 1), (48, 1), (60, 2)):
+        strided = [torch.randn(5, 4 + k % 3).mT for k in range(count)]
+        dense = [torch.empty(t.shape) for t in strided]
+        before = build().launches()
+        assert copy_strided(strided, dense, True)
+        assert build().launches() - before == launched
+        assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+def test_more_dimensions_than_a_table_has_are_refused():
+    strided = torch.randn(2, 2, 2, 2, 2).permute(4, 3, 2, 1, 0)
+    assert not copy_strided([strided], [torch.empty(strided.shape)], True)
+
+
+# ------------------------------------------------------------------ what the runtime is asked for
+
+
+def test_the_device_is_set_only_when_it_is_another():
+    module, before = build(), build().device_changes()
+    try:
+        for device in (0, 0, 1, 1, 1, 0):
+            module.make_current(device)
+        assert module.device_changes() - before == 2
+    finally:
+        module.make_current(0)
+
+
+def test_shared_memory_is_granted_once():
+    """Whatever the steps need of it."""
+    large = Case(numels=(5,), history_size=60, pairs=60)
+    launches(EmulatedOps(), "direction_step", large)
+    before = build().grants()
+    for history in (60, 50, 62):
+        launches(EmulatedOps(), "direction_step", large.but(history_size=history, pairs=50))
+    assert build().grants() == before
+
+
+@pytest.fixture
+def launched_late():
+    """A function that counts launches of kernels which were not loaded, from now on."""
+    module = build()
+    module.unload()
+    before = module.unloaded_launches()
+    yield lambda: module.unloaded_launches() - before
+    module.unload()
+
+
+#: Devices, and numbers of tensors, that between them need every instance of a kernel.
+ROOMY, CROWDED = EmulatedOps(), EmulatedOps(multiprocessors=4, blocks=1)
+SIZES = ((8192,), (3,) * 70)
+
+
+@pytest.mark.parametrize("case", ["plain", "bfloat16 rings", "everything in float64"])
+def test_loading_covers_steps_and_pair_updates(launched_late, case):
+    case, problem = CASES[case], Problem(CASES[case])
+    rings = (problem[name].dtype for name in ("s_ring", "fisher"))
+    build().load(*(TYPES[t] for t in (problem.vector, *rings)), True, False)
+    for device, numels in product((ROOMY, CROWDED), SIZES):
+        for operation in set(ALL) - {"diagonal_step"}:
+            run(device, operation, Problem(case.but(numels=numels)))
+    assert launched_late() == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_loading_covers_steps_without_pairs(launched_late, dtype):
+    build().load(*[TYPES[dtype]] * 3, False, False)
+    for device, numels in product((ROOMY, CROWDED), SIZES):
+        run(device, "diagonal_step", Problem(Case(numels=numels, dtypes=(dtype,)).without_pairs()))
+    assert launched_late() == 0
+
+
+def test_what_is_not_loaded_is_noticed(launched_late):
+    build().load(*[TYPES[F32]] * 3, False, False)
+    run(ROOMY, "iterate_swap", Problem(CASES["plain"]))
+    assert launched_late() == 1
 
 
 @pytest.fixture

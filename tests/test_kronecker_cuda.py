@@ -1,7 +1,7 @@
 """The CUDA kernels of the Kronecker matrix against the reference, by the emulation."""
 
 import pytest
-from emulated import EmulatedOps, build
+from emulated import TYPES, EmulatedOps, build
 from kernel_problems import F32, F64, run
 from kronecker_arguments import Blocks, BlocksProblem
 from kronecker_properties import (
@@ -135,3 +135,18 @@ def test_launches():
     assert launches(STEP, CASES["300 matrices"]) == 1 + 2 + 2
     groups = Blocks(shapes=((3, 2),) * 65, groups=65)
     assert launches(STEP, groups) == 2 + 2 + 2
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_loading_covers_everything(dtype):
+    module = build()
+    module.unload()
+    module.load(*[TYPES[dtype]] * 3, False, True)
+    before = module.unloaded_launches()
+    for shapes in (((6, 5), (4,)), ((3, 2),) * 70):
+        for operation in OPERATIONS:
+            run(
+                DEVICES["forward"], operation, BlocksProblem(Blocks(shapes=shapes, dtypes=(dtype,)))
+            )
+    assert module.unloaded_launches() == before
+    module.unload()

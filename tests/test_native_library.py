@@ -14,7 +14,7 @@ import pytest
 import torch
 from problems import needs_library
 
-from adaqn_cuda import native, ops
+from adaqn_cuda import AdaQN, native, ops
 from adaqn_cuda.diagnosis import report
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +233,41 @@ def test_a_library_without_cuda_says_why(gpu, tmp_path, monkeypatch):
         backend = ops.select_backend(GPU, None)
     assert backend.name == "reference"
     assert not gpu.asked
+
+
+@pytest.mark.parametrize("error", [None, "no kernel image"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_kernels_are_loaded_where_they_are_to_run(gpu, error, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(native, "load_cuda_kernels", lambda *a, **k: loaded.append((a, k)))
+    gpu.error = error
+    for device, fused in ((torch.device("cpu"), None), (GPU, False), (GPU, None)):
+        ops.load_kernels(device, fused, search=True)
+    assert loaded == ([] if error else [((3,), {"search": True})])
+
+
+def test_an_optimizer_loads_its_kernels_when_it_gets_its_state(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "load_kernels", lambda *a, **k: asked.append((a, k)))
+    w = torch.nn.Parameter(torch.ones(4, 4))
+    w.grad = torch.ones_like(w)
+    optimizer = AdaQN([w], history_size=2, history_dtype=torch.bfloat16, fused=False)
+    assert not asked
+    for _ in range(3):
+        optimizer.step()
+    kinds = dict(vectors=torch.float32, pairs=torch.bfloat16, fisher=torch.float32)
+    kinds.update(has_pairs=True, kronecker=True)
+    assert asked == [((torch.device("cpu"), False), kinds)]
+
+
+@needs_library
+def test_loading_tells_what_is_wrong():
+    path = native.library_path()
+    if not native.read_record(path).images or torch.cuda.is_available():
+        pytest.skip("there are no CUDA kernels, or they can run")
+    load = ctypes.CDLL(str(path)).adaqn_cuda_load
+    load.restype = ctypes.c_char_p
+    assert b"CUDA" in load(0, 0, 0, 0, 0, 1, 1)
 
 
 @needs_library

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_option import EVERY_OPTION, make_every
 from problems import plain_adaqn, random_parameters, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,3 +76,20 @@ def test_step_reads_nothing_back(fused, init, tensor_rates):
     assert stats["steps_skipped"] == 2
     assert stats["resets"] == 2
     assert stats["stored"] + stats["skipped"] == 2
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_no_option_reads_anything_back(name, fused):
+    """Over pair updates, refreshes of bases and dropped steps."""
+    params = random_parameters([(20, 9), (5,), ()])
+    optimizer = make_every(name, params, fused=fused)
+    for step in range(14):
+        set_gradients(params, step)
+        if step == 6:
+            params[1].grad[0] = torch.inf
+        with NoReadBack():
+            optimizer.step()
+    stats = optimizer.stats()
+    assert stats["steps_skipped"] == 1
+    assert (stats["stored"] > 0) == ("history_size" in EVERY_OPTION[name])

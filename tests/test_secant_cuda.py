@@ -4,8 +4,8 @@ from math import inf, nan
 
 import pytest
 import torch
-from emulated import EmulatedOps, build
-from kernel_problems import BF16, F64, run
+from emulated import TYPES, EmulatedOps, build
+from kernel_problems import BF16, F32, F64, run
 from problems import random_parameters
 from secant_arguments import OPERATIONS, Search, SearchProblem, check_search
 from secant_properties import (
@@ -119,6 +119,20 @@ def test_launches():
         assert launches(operation, many) == count + (operation in tables)
     assert launches(RESIDUAL, Search(identity=True)) == 2
     assert launches("direction_images", CASES["130 pairs"]) == 2
+
+
+@pytest.mark.parametrize(("dtype", "pair_dtype"), [(F32, F32), (F32, BF16), (F64, F64)])
+def test_loading_covers_a_search(dtype, pair_dtype):
+    module = build()
+    module.unload()
+    module.load_search(TYPES[dtype], TYPES[pair_dtype], False)
+    before = module.unloaded_launches()
+    for numels in ((4097,), (3,) * 70):
+        case = Search(numels=numels, dtypes=(dtype,), pair_dtype=pair_dtype)
+        for operation in OPERATIONS:
+            run(DEVICES["forward"], operation, SearchProblem(case))
+    assert module.unloaded_launches() == before
+    module.unload()
 
 
 # ------------------------------------------------------------------ the optimizer

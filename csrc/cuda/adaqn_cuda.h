@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../common/secant.h"
+#include "strided.h"
 
 namespace adaqn::cuda {
 
@@ -177,5 +178,25 @@ cudaError_t secant_combine(const State&, const Search&, double lr, double first,
 /// `step`: null for that of the words; in host memory.
 cudaError_t secant_move(const Parameters&, const State&, const Search&, const double* step,
                         double limit, const Queue&);
+
+// ---- tensors that are not contiguous
+
+/// `to_dense`: from where they lie to contiguous memory; else back.
+cudaError_t copy_strided(const Strided* tensors, int64_t count, bool to_dense, cudaStream_t);
+
+// ---- loading: the driver loads a kernel at its first launch, which a graph that is being captured
+// may not allow.  These load the kernels of an optimizer beforehand.
+
+/// What they are instances for.
+struct Kinds {
+  Type vectors;
+  Type pairs, fisher;  // as `vectors`, or bf16
+};
+
+/// Of the step and the pair update; without pairs, of the step alone.
+cudaError_t load_kernels(const Kinds&, bool has_pairs, bool kronecker);
+
+/// Of L-BFGS on a deterministic loss.
+cudaError_t load_search_kernels(const Kinds&, bool kronecker);
 
 }  // namespace adaqn::cuda

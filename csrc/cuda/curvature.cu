@@ -4,6 +4,7 @@
 #include "../common/pair_update.h"
 #include "control.cuh"
 #include "launch.cuh"
+#include "load.cuh"
 
 namespace adaqn::cuda {
 namespace {
@@ -305,6 +306,18 @@ cudaError_t curvature_commit(const Parameters& list, const State& state,
       }));
   return launch(finish_commit_kernel, Shape{dim3(1), 1, 0}, queue.stream, state, monitored_loss,
                 rule);
+}
+
+cudaError_t load_curvature(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.fisher, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using F = typename decltype(types)::H;
+    ADAQN_CUDA_TRY(load(pass_a_kernel<T, F>, finish_pass_a_kernel<T>, finish_pass_b_kernel<T>,
+                        finish_commit_kernel, commit_kernel<T, kSmallTable>,
+                        commit_kernel<T, kLargeTable>));
+    return with_row_type<T>(kinds.pairs,
+                            [](auto row) { return load(pass_b_kernel<T, F, decltype(row)>); });
+  });
 }
 
 }  // namespace adaqn::cuda

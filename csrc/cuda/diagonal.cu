@@ -8,6 +8,7 @@
 #include "control.cuh"
 #include "descent.cuh"
 #include "launch.cuh"
+#include "load.cuh"
 #include "step.cuh"
 
 namespace adaqn::cuda {
@@ -111,6 +112,16 @@ cudaError_t diagonal_step(const Parameters& list, const State& state, const Scal
     ADAQN_CUDA_TRY(direction_pass1(list, state, scaling, averages.beta, queue));
     ADAQN_CUDA_TRY(descend<T>(list, state, scaling, averages, rates, queue));
     return enqueue_finish(state, averages.beta, queue);
+  });
+}
+
+cudaError_t load_diagonal(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.vectors, [&](auto types) {
+    using T = typename decltype(types)::T;
+    return for_capacities<kSmallTable, kLargeTable>([](auto capacity) {
+      constexpr int C = decltype(capacity)::value;
+      return load(diagonal_step_kernel<T, C>, diagonal_descent_kernel<T, C>);
+    });
   });
 }
 

@@ -11,6 +11,7 @@
 #include "control.cuh"
 #include "descent.cuh"
 #include "launch.cuh"
+#include "load.cuh"
 #include "products.cuh"
 #include "step.cuh"
 
@@ -368,6 +369,19 @@ cudaError_t direction_step(const Parameters& list, const State& state, const Sca
   ADAQN_CUDA_TRY(direction_pass1(list, state, scaling, averages.beta, queue));
   ADAQN_CUDA_TRY(direction_pass2(list, state, scaling, averages, false, queue));
   return direction_pass3(list, state, averages.beta, max_direction, rates, queue);
+}
+
+cudaError_t load_direction(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.pairs, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using H = typename decltype(types)::H;
+    ADAQN_CUDA_TRY(load(finish_pass1_kernel<T>, finish_images_kernel<T>, finish_step_kernel<T>));
+    return for_capacities<kSmallTable, kLargeTable>([](auto capacity) {
+      constexpr int C = decltype(capacity)::value;
+      return load(pass1_kernel<T, H, C>, pass2_kernel<T, H, C>, pass3_kernel<T, H, C>,
+                  step_kernel<T, H, C>, capped_descent_kernel<T, C>);
+    });
+  });
 }
 
 }  // namespace adaqn::cuda

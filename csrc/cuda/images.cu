@@ -1,4 +1,5 @@
 // z_i = y_i.r of all pairs, where r is a vector in memory.
+#include "load.cuh"
 #include "products.cuh"
 
 namespace adaqn::cuda {
@@ -48,6 +49,14 @@ cudaError_t enqueue_images(const State& state, const void* vector, bool aligned,
 cudaError_t direction_images(const State& state, const Queue& queue) {
   const Gate gate{nullptr, state.projections + state.slots, state.counters};
   return enqueue_images(state, state.direction, is_aligned(state), gate, queue);
+}
+
+cudaError_t load_images(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.pairs, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using H = typename decltype(types)::H;
+    return load(images_kernel<T, H>, finish_products_kernel);
+  });
 }
 
 }  // namespace adaqn::cuda

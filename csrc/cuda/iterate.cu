@@ -1,6 +1,7 @@
 // The averaged iterate: put in the parameters' place for the monitor, and undone to the bit.
 #include "control.cuh"
 #include "launch.cuh"
+#include "load.cuh"
 
 namespace adaqn::cuda {
 namespace {
@@ -60,6 +61,16 @@ cudaError_t iterate_restore(const Parameters& list, const State& state, const Qu
                                   return launch(restore_kernel<T, kCapacity<decltype(table)>>,
                                                 shape, queue.stream, table, state);
                                 });
+}
+
+cudaError_t load_iterate(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.vectors, [&](auto types) {
+    using T = typename decltype(types)::T;
+    return for_capacities<kSmallTable, kLargeTable>([](auto capacity) {
+      constexpr int C = decltype(capacity)::value;
+      return load(swap_kernel<T, C>, restore_kernel<T, C>);
+    });
+  });
 }
 
 }  // namespace adaqn::cuda

@@ -9,6 +9,7 @@
 #include "averages.cuh"
 #include "descent.cuh"
 #include "eigenbasis.cuh"
+#include "load.cuh"
 #include "step.cuh"
 #include "tiles.cuh"
 #include "workspace.cuh"
@@ -433,6 +434,19 @@ cudaError_t kronecker_step(const Parameters& list, const State& state, const Kro
                         state, kronecker, scaling, averages, table_rates, range.first == 0,
                         plan.workspace);
         });
+  });
+}
+
+cudaError_t load_kronecker(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.vectors, [&](auto types) {
+    using T = typename decltype(types)::T;
+    ADAQN_CUDA_TRY((for_capacities<kSmallTable, kLargeTable>(
+        [](auto capacity) { return load(flags_kernel<T, decltype(capacity)::value>); })));
+    return for_capacities<kSmallMatrices, kLargeMatrices>([](auto capacity) {
+      constexpr int C = decltype(capacity)::value;
+      return load(factors_kernel<T, C>, accumulate_kernel<T, C>, apply_kernel<T, C>,
+                  tiles_kernel<T, C>);
+    });
   });
 }
 

@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "reduce.cuh"
 #include "segments.cuh"
@@ -68,20 +71,45 @@ struct Shape {
   bool cooperative = false;
 };
 
-/// Lets a kernel have more dynamic shared memory than it is granted unasked.
+/// By which the CUDA runtime knows a kernel.
 template <class Kernel>
-cudaError_t grant_shared_memory(Kernel* kernel, const Shape& shape) {
+const void* address_of(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+/// The most shared memory that a block can be granted.
+inline cudaError_t max_shared_bytes(size_t* bytes) {
+  int device = 0, most = 0;
+  ADAQN_CUDA_TRY(cudaGetDevice(&device));
+  ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  *bytes = size_t(most);
+  return cudaSuccess;
+}
+
+/// Lets a kernel have all shared memory of the device, the first time that it needs more than it is
+/// granted unasked: the driver need not be asked at every launch, whatever the sizes are.
+inline cudaError_t grant_shared_memory(const void* kernel, const Shape& shape) {
   constexpr size_t kGrantedBytes = 48 << 10;
   if (shape.shared_bytes <= kGrantedBytes) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              int(shape.shared_bytes));
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> granted;  // by device
+  int device = 0;
+  ADAQN_CUDA_TRY(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (granted.count({kernel, device})) return cudaSuccess;
+  size_t most = 0;
+  ADAQN_CUDA_TRY(max_shared_bytes(&most));
+  ADAQN_CUDA_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)));
+  granted.insert({kernel, device});
+  return cudaSuccess;
 }
 
 /// The kernel's parameters convert from `arguments` as in a call.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  ADAQN_CUDA_TRY(grant_shared_memory(kernel, shape));
+  ADAQN_CUDA_TRY(grant_shared_memory(address_of(kernel), shape));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -105,15 +133,6 @@ inline cudaError_t max_blocks(int* blocks) {
   return cudaSuccess;
 }
 
-/// The most shared memory that a block can be granted.
-inline cudaError_t max_shared_bytes(size_t* bytes) {
-  int device = 0, most = 0;
-  ADAQN_CUDA_TRY(cudaGetDevice(&device));
-  ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  *bytes = size_t(most);
-  return cudaSuccess;
-}
-
 /// Whether all blocks of a grid can run at the same time, as grid barriers need.
 template <class Kernel>
 cudaError_t runs_at_once(bool* result, Kernel* kernel, const Shape& shape) {
@@ -121,21 +140,26 @@ cudaError_t runs_at_once(bool* result, Kernel* kernel, const Shape& shape) {
   ADAQN_CUDA_TRY(cudaGetDevice(&device));
   ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
   ADAQN_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  ADAQN_CUDA_TRY(grant_shared_memory(kernel, shape));
+  ADAQN_CUDA_TRY(grant_shared_memory(address_of(kernel), shape));
   ADAQN_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads,
                                                                shape.shared_bytes));
   *result = cooperative && int64_t(shape.blocks.x) <= int64_t(blocks) * multiprocessors;
   return cudaSuccess;
 }
 
-/// Launches a kernel with grid barriers, if all its blocks can run at the same time.
+/// Launches a kernel with grid barriers, if all its blocks can run at the same time: on a share of
+/// a device the runtime may say that they can, and refuse them then.
 template <class Kernel, class... Arguments>
 cudaError_t launch_at_once(bool* done, Kernel* kernel, Shape shape, cudaStream_t stream,
                            const Arguments&... arguments) {
   ADAQN_CUDA_TRY(runs_at_once(done, kernel, shape));
   if (!*done) return cudaSuccess;
   shape.cooperative = true;
-  return launch(kernel, shape, stream, arguments...);
+  const cudaError_t error = launch(kernel, shape, stream, arguments...);
+  if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+  cudaGetLastError();  // forget it: the caller has another way
+  *done = false;
+  return cudaSuccess;
 }
 
 /// Blocks for [first, end): enough that each thread has a pack, but no more than `limit`.

@@ -4,6 +4,7 @@
 // kernels of one block change words, counters and gram, between those that read them.
 #include "../common/secant.h"
 #include "launch.cuh"
+#include "load.cuh"
 #include "products.cuh"
 #include "sweep.cuh"
 #include "triangular.cuh"
@@ -589,6 +590,20 @@ cudaError_t secant_move(const Parameters& list, const State& state, const Search
                       search, static_cast<const T*>(state.direction), step != nullptr,
                       step ? *step : 0.0, limit);
       });
+}
+
+cudaError_t load_secant(const Kinds& kinds) {
+  return with_types(kinds.vectors, kinds.pairs, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using H = typename decltype(types)::H;
+    ADAQN_CUDA_TRY(load(candidate_kernel<T, H>, pair_products_kernel<T, H>, combine_kernel<T, H>,
+                        finish_measure_kernel, decide_kernel, finish_pair_kernel,
+                        solve_residual_kernel, solve_direction_kernel, finish_direction_kernel));
+    return for_capacities<kSmallTable, kLargeTable>([](auto capacity) {
+      constexpr int C = decltype(capacity)::value;
+      return load(measure_kernel<T, C>, keep_kernel<T, C>, move_kernel<T, C>);
+    });
+  });
 }
 
 }  // namespace adaqn::cuda

@@ -49,7 +49,7 @@ void direction_step(const Tensors& params, const OptionalTensors& grads, const T
                     const Tensor& images, const Tensor& counters) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
-  List list(params, &grads, &group_sizes, place);
+  List list(device, place, params, &grads, &group_sizes, Use::elements);
   list.check_size(direction.numel());
   StateBuilder builder = state_like(direction, {"direction"}, place);
   builder.s_ring(s_ring).y_ring(y_ring).gram(gram).fisher(fisher).counters(counters);
@@ -71,7 +71,7 @@ void direction_pass1(const Tensors& params, const OptionalTensors& grads, const 
                      double beta, const Tensor& moments, const Tensor& projections) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
-  const List list(params, &grads, nullptr, place);
+  const List list(device, place, params, &grads, nullptr, Use::sizes);
   StateBuilder builder(place, list.state_type(), list.numel());
   builder.s_ring(s_ring).counters(counters).moments(moments).projections(projections);
   const State state = *builder;
@@ -90,7 +90,7 @@ void direction_pass2(const Tensors& params, const OptionalTensors& grads, const 
                      const Tensor& direction, const Tensor& images) {
   const OnDevice device(y_ring);
   const Place place(y_ring);
-  const List list(params, &grads, nullptr, place);
+  const List list(device, place, params, &grads, nullptr, Use::sizes);
   list.check_size(direction.numel());
   StateBuilder builder = state_like(direction, {"direction"}, place);
   builder.y_ring(y_ring).gram(gram).fisher(fisher).counters(counters).projections(projections);
@@ -126,7 +126,7 @@ void direction_pass3(const Tensors& params, const OptionalTensors& grads, const 
                      const Tensor& counters) {
   const OnDevice device(s_ring);
   const Place place(s_ring);
-  List list(params, &grads, &group_sizes, place);
+  List list(device, place, params, &grads, &group_sizes, Use::elements);
   list.check_size(direction.numel());
   if (fisher_size < 1) fail({"fisher_size"}, "expected at least 1, got ", fisher_size);
   StateBuilder builder = state_like(direction, {"direction"}, place);
@@ -151,7 +151,7 @@ void diagonal_step(const Tensors& params, const OptionalTensors& grads,
                    const Tensor& projections, const Tensor& counters) {
   const OnDevice device(counters);
   const Place place(counters);
-  List list(params, &grads, &group_sizes, place);
+  List list(device, place, params, &grads, &group_sizes, Use::elements);
   StateBuilder builder(place, list.state_type(), list.numel());
   builder.projections(projections).counters(counters).accumulator(accumulator).momentum(momentum);
   const State state = *builder;
@@ -207,7 +207,7 @@ void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, c
                           const Tensor& factors, const Tensor& bases, const Tensor& square) {
   const OnDevice device(accumulator);
   const Place place(accumulator);
-  const List list(params, &grads, nullptr, place);
+  const List list(device, place, params, &grads, nullptr, Use::sizes);
   list.check_size(accumulator.numel());
   const Table matrices(table, list.numel());
   matrices.check_params(params);
@@ -254,7 +254,7 @@ void kronecker_step(const Tensors& params, const OptionalTensors& grads, const T
                     const Tensor& square, const Tensor& projections, const Tensor& counters) {
   const OnDevice device(accumulator);
   const Place place(accumulator);
-  List list(params, &grads, &group_sizes, place);
+  List list(device, place, params, &grads, &group_sizes, Use::elements);
   list.check_size(accumulator.numel());
   const Table matrices(table, list.numel());
   matrices.check_params(params);
@@ -279,7 +279,7 @@ void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor
                   const Tensor& counters, const Tensor& saved) {
   const OnDevice device(saved);
   const Place place(saved);
-  List list(params, nullptr, nullptr, place);
+  List list(device, place, params, nullptr, nullptr, Use::elements);
   list.check_size(saved.numel());
   StateBuilder builder = state_like(saved, {"saved"}, place);
   builder.slots(projections.numel() - flag::count).projections(projections).counters(counters);
@@ -294,7 +294,7 @@ void iterate_swap(const Tensors& params, const Tensor& iterate_sum, const Tensor
 void iterate_restore(const Tensors& params, const Tensor& saved) {
   const OnDevice device(saved);
   const Place place(saved);
-  List list(params, nullptr, nullptr, place);
+  List list(device, place, params, nullptr, nullptr, Use::elements);
   list.check_size(saved.numel());
   StateBuilder builder = state_like(saved, {"saved"}, place);
   builder.direction(saved, {"saved"});
@@ -345,7 +345,7 @@ void curvature_commit(const Tensors& params, const Tensor& column, const Tensor&
                       const Tensor& counters) {
   const OnDevice device(anchor);
   const Place place(anchor);
-  List list(params, nullptr, nullptr, place);
+  List list(device, place, params, nullptr, nullptr, Use::elements);
   list.check_size(anchor.numel());
   StateBuilder builder = state_like(anchor, {"anchor"}, place);
   builder.slots(check_rows(gram, {"gram"}, 3) - 1).gram(gram).column(column).counters(counters);
@@ -363,6 +363,20 @@ void curvature_commit(const Tensors& params, const Tensor& column, const Tensor&
 
 }  // namespace
 }  // namespace adaqn
+
+/// Loads the kernels for these types, values of cuda::Type, on a device: of L-BFGS (`search`), or
+/// of the step and the pair update.  Null, or what the CUDA runtime says against it.
+extern "C" __attribute__((visibility("default"))) const char* adaqn_cuda_load(
+    int device, int vectors, int pairs, int fisher, int search, int has_pairs, int kronecker) {
+  using namespace adaqn::cuda;
+  const Kinds kinds{Type(vectors), Type(pairs), Type(fisher)};
+  cudaError_t error = make_current(device);
+  if (error == cudaSuccess) {
+    error =
+        search ? load_search_kernels(kinds, kronecker) : load_kernels(kinds, has_pairs, kronecker);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(adaqn, CUDA, m) {
   m.impl("direction_step", TORCH_BOX(&adaqn::direction_step));

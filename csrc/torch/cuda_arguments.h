@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../cuda/adaqn_cuda.h"
+#include "../cuda/device.h"
 #include "arguments.h"
 
 // Weak, because one library serves torch with and without CUDA.
@@ -33,7 +34,7 @@ inline void check_cuda(cudaError_t error, const char* doing) {
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device()) {
-    check_cuda(cudaSetDevice(tensor.get_device()), "device");
+    check_cuda(cuda::make_current(tensor.get_device()), "device");
     void* stream = nullptr;
     if (!aoti_torch_get_current_cuda_stream) fail({"device"}, "this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
@@ -56,6 +57,8 @@ class OnDevice {
     const Queue queue{stream_, static_cast<double*>(workspace.mutable_data_ptr())};
     check_cuda(enqueue(queue), operation);
   }
+
+  cudaStream_t stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -261,11 +264,62 @@ inline StateBuilder state_like(const Tensor& tensor, const Name& name, const Pla
 
 // ---------------------------------------------------------------- lists of tensors
 
+/// Contiguous copies of tensors that are not, by one launch for all of them.
+class Copies {
+ public:
+  /// Where the elements of `tensor` will be in their order, once they are gathered.
+  void* of(const Tensor& tensor) {
+    cuda::Strided strided{tensor.mutable_data_ptr(), nullptr, bytes_of(tensor), 0, {}, {}};
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    if (strided.set_shape(sizes.size(), sizes.data(), strides.data())) {
+      dense_.push_back(torch::stable::new_empty(tensor, sizes));
+      strided.dense = dense_.back().mutable_data_ptr();
+      strided_.push_back(strided);
+    } else {
+      dense_.push_back(torch::stable::contiguous(tensor));
+      others_.push_back({tensor, dense_.back()});
+    }
+    return dense_.back().mutable_data_ptr();
+  }
+
+  void gather(cudaStream_t stream) const { copy(true, stream); }
+
+  void scatter(cudaStream_t stream) {
+    copy(false, stream);
+    for (auto& [tensor, dense] : others_) torch::stable::copy_(tensor, dense);
+  }
+
+ private:
+  static int bytes_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Double:
+        return 8;
+      case ScalarType::Float:
+        return 4;
+      default:
+        return 2;
+    }
+  }
+
+  void copy(bool to_dense, cudaStream_t stream) const {
+    const auto count = static_cast<int64_t>(strided_.size());
+    check_cuda(cuda::copy_strided(strided_.data(), count, to_dense, stream), "strides");
+  }
+
+  std::vector<cuda::Strided> strided_;
+  std::vector<std::pair<Tensor, Tensor>> others_;  // of more dimensions, and their copies
+  Tensors dense_;
+};
+
+/// What an operation takes of the parameters.
+enum class Use { elements, sizes };
+
 /// Parameters as the kernels take them; those that are not contiguous through copies.
 class List {
  public:
-  List(const Tensors& params, const OptionalTensors* grads, const std::vector<int64_t>* group_sizes,
-       const Place& place) {
+  List(const OnDevice& device, const Place& place, const Tensors& params,
+       const OptionalTensors* grads, const std::vector<int64_t>* group_sizes, Use use)
+      : stream_(device.stream()) {
     if (grads && grads->size() != params.size()) {
       fail({"grads"}, "expected one for each of ", params.size(), " params, got ", grads->size());
     }
@@ -273,14 +327,16 @@ class List {
     for (size_t i = 0; i < params.size(); ++i) {
       const Name name{"params", static_cast<int64_t>(i)};
       place.check(params[i], name);
-      const Tensor dense = contiguous(params[i]);
-      if (dense.data_ptr() != params[i].data_ptr()) copies_.push_back({params[i], dense});
       const Type type = type_of(params[i], name);
-      rows_.push_back({dense.mutable_data_ptr(), nullptr, params[i].numel(), 0, type, type});
+      const bool copied = use == Use::elements && !params[i].is_contiguous();
+      void* param = copied ? params_.of(params[i]) : params[i].mutable_data_ptr();
+      rows_.push_back({param, nullptr, params[i].numel(), 0, type, type});
       numel_ += params[i].numel();
       if (grads && (*grads)[i]) set_grad(i, *(*grads)[i], place);
     }
     if (group_sizes) set_groups(*group_sizes);
+    params_.gather(stream_);
+    grads_.gather(stream_);
   }
 
   void check_size(int64_t numel) const {
@@ -290,9 +346,7 @@ class List {
   }
 
   /// Copies what kernels wrote into parameters that are not contiguous.
-  void write_back() {
-    for (auto& [param, dense] : copies_) torch::stable::copy_(param, dense);
-  }
+  void write_back() { params_.scatter(stream_); }
 
   Parameters parameters() const { return {rows_.data(), static_cast<int64_t>(rows_.size())}; }
   int64_t numel() const { return numel_; }
@@ -306,21 +360,14 @@ class List {
   }
 
  private:
-  /// torch::stable::contiguous costs much more than this for tensors that are.
-  static Tensor contiguous(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  }
-
   void set_grad(size_t i, const Tensor& grad, const Place& place) {
     const Name name{"grads", static_cast<int64_t>(i)};
     place.check(grad, name);
     if (grad.numel() != rows_[i].numel) {
       fail(name, "expected ", rows_[i].numel, " elements, got ", grad.numel());
     }
-    const Tensor dense = contiguous(grad);
-    if (dense.data_ptr() != grad.data_ptr()) kept_.push_back(dense);
-    rows_[i].grad = dense.data_ptr();
     rows_[i].grad_type = type_of(grad, name);
+    rows_[i].grad = grad.is_contiguous() ? grad.data_ptr() : grads_.of(grad);
   }
 
   void set_groups(const std::vector<int64_t>& sizes) {
@@ -337,9 +384,9 @@ class List {
     }
   }
 
+  cudaStream_t stream_;
   std::vector<cuda::Tensor> rows_;
-  std::vector<std::pair<Tensor, Tensor>> copies_;
-  Tensors kept_;
+  Copies params_, grads_;
   int64_t numel_ = 0;
 };
 

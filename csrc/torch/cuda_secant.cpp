@@ -66,7 +66,7 @@ void secant_measure(const Tensors& params, const OptionalTensors& grads, const T
                     const Tensor& words) {
   const OnDevice device(trial);
   const Place place(trial);
-  const List list(params, &grads, nullptr, place);
+  const List list(device, place, params, &grads, nullptr, Use::sizes);
   list.check_size(trial.numel());
   StateBuilder builder = state_like(trial, {"trial"}, place);
   builder.direction(direction, {"direction"});
@@ -95,7 +95,7 @@ void secant_decide(double decrease, double noise, double tolerance_grad, double 
 void secant_keep(const Tensors& params, const Tensor& words, const Tensor& origin) {
   const OnDevice device(origin);
   const Place place(origin);
-  const List list(params, nullptr, nullptr, place);
+  const List list(device, place, params, nullptr, nullptr, Use::elements);
   list.check_size(origin.numel());
   StateBuilder builder = state_like(origin, {"origin"}, place);
   const Search search = *SearchBuilder(builder, words).origin(origin);
@@ -160,7 +160,7 @@ void secant_move(const Tensors& params, const Tensor& origin, const Tensor& dire
                  std::optional<double> step, double limit, const Tensor& words) {
   const OnDevice device(origin);
   const Place place(origin);
-  List list(params, nullptr, nullptr, place);
+  List list(device, place, params, nullptr, nullptr, Use::elements);
   list.check_size(origin.numel());
   StateBuilder builder = state_like(origin, {"origin"}, place);
   builder.direction(direction, {"direction"});

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/adaqn_cuda.h"
+#include "../../csrc/cuda/device.h"
 
 namespace py = pybind11;
 using namespace adaqn::cuda;
@@ -113,6 +114,8 @@ using ScalingRow = std::tuple<uintptr_t, uintptr_t, bool, double>;
 using AveragesRow = std::tuple<double, double, double, double, bool>;
 using KroneckerRow =
     std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+using StridedRow =
+    std::tuple<uintptr_t, uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>;
 using RatesRow = std::tuple<Values, Values, uintptr_t, uintptr_t>;
 
 Scaling scaling_of(const ScalingRow& row) {
@@ -180,6 +183,29 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
     emulation::reverse_order = reverse_order;
   });
   m.def("launches", [] { return emulation::launches; });
+  m.def("limit_cooperative_launches", [](int blocks) { emulation::cooperative_limit = blocks; });
+  m.def("make_current", [](int device) { make_current(device); });
+  m.def("device_changes", [] { return emulation::device_changes; });
+  m.def("grants", [] { return emulation::grants; });
+  m.def("unloaded_launches", [] { return emulation::unloaded_launches; });
+  m.def("unload", [] { emulation::loaded.clear(); });
+  // Tensors as (strided address, dense address, bytes of an element, sizes, strides).
+  m.def("copy_strided", [](const std::vector<StridedRow>& rows, bool to_dense) {
+    std::vector<Strided> tensors;
+    for (const auto& [strided, dense, bytes, sizes, strides] : rows) {
+      Strided& t = tensors.emplace_back();
+      t = {pointer<void>(strided), pointer<void>(dense), bytes, 0, {}, {}};
+      if (!t.set_shape(sizes.size(), sizes.data(), strides.data())) return false;
+    }
+    const int64_t count = int64_t(tensors.size());
+    return copy_strided(tensors.data(), count, to_dense, nullptr) == cudaSuccess;
+  });
+  m.def("load", [](int vectors, int pairs, int fisher, bool has_pairs, bool kronecker) {
+    load_kernels({Type(vectors), Type(pairs), Type(fisher)}, has_pairs, kronecker);
+  });
+  m.def("load_search", [](int vectors, int pairs, bool kronecker) {
+    load_search_kernels({Type(vectors), Type(pairs), Type(pairs)}, kronecker);
+  });
   m.def("direction_step",
         [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
            const AveragesRow& averages, double max_direction, const RatesRow& rates) {

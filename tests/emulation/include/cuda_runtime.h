@@ -18,7 +18,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -62,6 +64,13 @@ inline int blocks_per_multiprocessor = 2;
 inline int shared_bytes = 227 << 10;  // that a block can be granted
 inline bool reverse_order = false;    // of the threads between two barriers, and of the blocks
 inline long launches = 0;
+inline int cooperative_limit = 0;  // blocks that a cooperative launch is refused beyond; 0: none
+inline int device = 0;             // the current one
+
+// What the runtime has been asked for.
+inline long device_changes = 0, grants = 0, unloaded_launches = 0;
+inline std::map<const void*, int> granted;  // bytes of shared memory, by kernel
+inline std::set<const void*> loaded;        // kernels
 
 struct Barrier {
   const char* name;
@@ -260,6 +269,7 @@ enum cudaError_t {
   cudaSuccess,
   cudaErrorInvalidValue,
   cudaErrorInvalidConfiguration,
+  cudaErrorCooperativeLaunchTooLarge,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -267,6 +277,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 
 using cudaStream_t = struct EmulatedStream*;
@@ -286,8 +297,16 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaSetDevice(int device) {
+  ++emulation::device_changes;
+  emulation::device = device;
   return cudaSuccess;
 }
 
@@ -298,8 +317,14 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  ++emulation::grants;
+  emulation::granted[kernel] = bytes;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
+  emulation::loaded.insert(kernel);
   return cudaSuccess;
 }
 
@@ -313,12 +338,19 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   if (!config->gridDim.x || !config->gridDim.y) return cudaErrorInvalidConfiguration;
-  if (config->dynamicSmemBytes > size_t(emulation::shared_bytes)) {
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  const int granted = std::max(emulation::granted[address], 48 << 10);
+  if (config->dynamicSmemBytes > size_t(std::min(granted, emulation::shared_bytes))) {
     return cudaErrorInvalidConfiguration;
   }
+  const bool cooperative = config->numAttrs && config->attrs->val.cooperative;
+  if (cooperative && emulation::cooperative_limit &&
+      config->gridDim.x > unsigned(emulation::cooperative_limit)) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
+  emulation::unloaded_launches += 1 - long(emulation::loaded.count(address));
   std::tuple<std::decay_t<Parameters>...> values(arguments...);
   emulation::body = [&] { std::apply(kernel, values); };
-  bool cooperative = config->numAttrs && config->attrs->val.cooperative;
   emulation::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative);
   return cudaSuccess;
 }
