@@ -44,7 +44,9 @@ def check_not_divided(needs: str) -> None:
         needs: what would be that of those parameters alone, and how to do without.
     """
     zero = _loaded("torch.distributed.optim", "ZeroRedundancyOptimizer")
-    frame = sys._getframe(1) if zero is not None else None
+    if zero is None:
+        return
+    frame = sys._getframe(1).f_back
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), zero):
             raise RuntimeError(
