@@ -3,17 +3,21 @@
 from .adaqn import AdaQN
 from .blocks import rnn_blocks
 from .lbfgs import DETERMINISTIC, LBFGS
-from .options import PAPER
+from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
 from .version import __version__
+from .wrappers import unwrap
 
 __all__ = [
     "DETERMINISTIC",
     "LBFGS",
+    "OLBFGS",
     "PAPER",
+    "SQN",
     "AdaQN",
     "__version__",
     "gauss_newton",
     "hessian",
     "rnn_blocks",
+    "unwrap",
 ]

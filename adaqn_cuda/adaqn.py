@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .arena import Arena, Buffers, Sizes, real_view
-from .blocks import Blocks, as_blocks, check_blocks, heights
+from .arena import Arena, Buffers, Sizes, held, real_view
+from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
 from .compiled import register
 from .curvature import Product
 from .interrupts import uninterrupted
@@ -32,6 +32,7 @@ from .options import (
 from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
+from .sharding import check_not_divided, check_whole
 from .step import Call, Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 
@@ -50,7 +51,8 @@ class AdaQN(Optimizer):
     Fisher matrix with it. If a monitored loss has grown by more than ``max_increase``, all pairs
     and gradients are dropped and the parameters go back to the last averaged iterate that was
     accepted. See `adaQN: An Adaptive Quasi-Newton Algorithm for Training RNNs`_, Algorithm 1;
-    ``AdaQN(params, **PAPER)`` is its setting.
+    ``AdaQN(params, **PAPER)`` is its setting; :mod:`adaqn_cuda.presets` has those of SQN and online
+    L-BFGS, too.
 
     :math:`H^0` is one of
 
@@ -173,6 +175,10 @@ class AdaQN(Optimizer):
     monitor or ``curvature`` raises, nothing has changed either. Ctrl-C waits until a step is whole,
     or reaches a function of yours at once.
 
+    Every process must have whole parameters, as with ``DistributedDataParallel``; shards are
+    refused. ``ZeroRedundancyOptimizer`` serves where there are neither pairs nor ``max_grad_norm``;
+    every process then looks for infinities and outliers among its own parameters.
+
     Parameters, and tensors in ``state``, may be replaced, and parameters put into a group or taken
     out of it by hand: the next step goes on with what it finds. New parameters begin without state;
     pairs are dropped where a parameter has gone.
@@ -181,7 +187,8 @@ class AdaQN(Optimizer):
         ValueError: an option is out of range, a common option differs between groups, or something
             is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
-        RuntimeError: ``fused=True`` without native kernels, or ``differentiable=True``.
+        RuntimeError: ``fused=True`` without native kernels, ``differentiable=True``, or a parameter
+            is a shard, of FSDP or tensor parallelism.
 
     :meth:`step` raises these, too, for options that have been changed since.
 
@@ -198,6 +205,8 @@ class AdaQN(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    #: While a state_dict is loaded, the arena that it describes, if it has state.
+    _incoming: Arena | None
 
     def __init__(
         self,
@@ -222,7 +231,7 @@ class AdaQN(Optimizer):
         block_size: int = 128,
         max_vector_dim: int = 64,
         factor_interval: int = 5,
-        blocks: Mapping[Tensor, int | Sequence[int]] | None = None,
+        blocks: GivenBlocks | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
@@ -237,12 +246,17 @@ class AdaQN(Optimizer):
         if max_factor_dim is not None:
             block_size = _renamed(max_factor_dim)
         values = locals()
-        self.curvature_product = curvature if callable(curvature) else None
+        product = curvature if callable(curvature) else None
         if callable(curvature):
             values = {**values, "curvature": "product"}
         defaults = {name: values[name] for name in CHECKS}
         validate(defaults)
-        self.monitor, self.curvature_closure = monitor, curvature_closure
+        if history_size > 0 or max_grad_norm < inf:
+            check_not_divided(
+                "curvature pairs and max_grad_norm are of all of them; pass history_size=0 and "
+                "max_grad_norm=inf, or use AdaQN by itself"
+            )
+        self._hooks = Hooks(monitor, curvature_closure, product)
         self._check_hooks(defaults)
         self._arena: Arena | None = None
         self._calls = 0
@@ -256,6 +270,38 @@ class AdaQN(Optimizer):
         if fused:
             ops.select_backend(self._parameters()[0].device, fused)
 
+    # ------------------------------------------------------------------ functions of the user's
+
+    # They lie in one object, so that a wrapper which shows what the optimizer has, as Lightning's
+    # does, sets them here and not in itself.
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The function of the monitored loss; may be assigned at any time."""
+        return self._hooks.monitor
+
+    @monitor.setter
+    def monitor(self, function: Monitor | None) -> None:
+        self._hooks.monitor = function
+
+    @property
+    def curvature_closure(self) -> Callable[[], Tensor] | None:
+        """The function of the loss on the current batch; may be assigned at any time."""
+        return self._hooks.curvature_closure
+
+    @curvature_closure.setter
+    def curvature_closure(self, function: Callable[[], Tensor] | None) -> None:
+        self._hooks.curvature_closure = function
+
+    @property
+    def curvature_product(self) -> Product | None:
+        """The callable that was given as ``curvature``; may be assigned at any time."""
+        return self._hooks.curvature_product
+
+    @curvature_product.setter
+    def curvature_product(self, function: Product | None) -> None:
+        self._hooks.curvature_product = function
+
     # ------------------------------------------------------------------ parameters and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -267,6 +313,7 @@ class AdaQN(Optimizer):
             ValueError: an option differs from the optimizer's that may not, or a parameter lives
                 on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
+            RuntimeError: a parameter is a shard, of FSDP or tensor parallelism.
         """
         if isinstance(param_group, dict):
             if "max_factor_dim" in param_group:
@@ -280,6 +327,7 @@ class AdaQN(Optimizer):
             group = self.param_groups[-1]
             _drop_duplicates(group)
             check_dtypes(group["params"])
+            check_whole(group["params"])
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
             group["blocks"] = [as_blocks(given.get(p, 1)) for p in group["params"]]
@@ -299,9 +347,8 @@ class AdaQN(Optimizer):
 
     def _check_hooks(self, common: dict[str, Any]) -> None:
         """What is called at pair updates must be callable, and there."""
-        hooks = ("monitor", "curvature_closure", "curvature_product")
-        for name in hooks:
-            check_callable(name, getattr(self, name), common["history_size"])
+        for name, hook in vars(self._hooks).items():
+            check_callable(name, hook, common["history_size"])
 
     def _plan(self, groups: list[dict[str, Any]]) -> Plan | None:
         """The Kronecker factors under the options of ``groups``, if there are to be any."""
@@ -379,7 +426,7 @@ class AdaQN(Optimizer):
         if self._arena is None:
             return
         moved = [len(group["params"]) for group in self.param_groups] != self._seen_sizes
-        if moved or self._watch.sees_change(self._parameters(), self.state):
+        if moved or held(self._watch).sees_change(self._parameters(), self.state):
             self._refit()
 
     def _match_blocks(self) -> None:
@@ -428,7 +475,7 @@ class AdaQN(Optimizer):
             return
         arena = self._assemble(entries, self.param_groups)
         kept = {p for p, entry in zip(params, entries, strict=True) if entry}
-        if not kept.issuperset(self._arena.params):
+        if not kept.issuperset(held(self._arena).params):
             arena.forget_pairs()
         self._bind(arena, int(arena.calls))
 
@@ -471,13 +518,14 @@ class AdaQN(Optimizer):
         if all(g is None for g in grads):
             return loss
         self._init_group()
-        params = [real_view(p) for p in self._arena.params]
+        arena = held(self._arena)
+        params = [real_view(p) for p in arena.params]
         if not torch.compiler.is_compiling():
-            self._advance(params, grads, self._arena)
-        elif is_hookless(self._hooks(), self._common()):
-            torch.ops.adaqn.whole_step(self._handle, params, grads, self._arena.tensors())
+            self._advance(params, grads, arena)
+        elif is_hookless(self._hooks, self._common()):
+            torch.ops.adaqn.whole_step(self._handle, params, grads, arena.tensors())
         else:
-            self._advance_outside_graph(params, grads)
+            self._advance_outside_graph(params, grads)  # pyright: ignore
         return loss
 
     def _init_group(self) -> None:
@@ -506,17 +554,17 @@ class AdaQN(Optimizer):
         """
         self._check_whole()
         self._live.check(self.param_groups, allocated=True)
-        if self._watch.sees_change(self._parameters(), self.state):
+        if held(self._watch).sees_change(self._parameters(), self.state):
             raise RuntimeError(
                 "parameters or state were replaced after the step had been compiled; call "
                 "torch.compiler.reset() and compile it anew"
             )
-        self._advance(params, grads, self._arena.over(state))
+        self._advance(params, grads, held(self._arena).over(state))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """A compiled step that calls the user's functions: Python that no graph can hold."""
-        self._advance(params, grads, self._arena)
+        self._advance(params, grads, held(self._arena))
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -532,9 +580,6 @@ class AdaQN(Optimizer):
                 grads[index] = torch.view_as_real(g.resolve_conj())
         return grads
 
-    def _hooks(self) -> Hooks:
-        return Hooks(self.monitor, self.curvature_closure, self.curvature_product)
-
     def _check_curvature(self, common: dict[str, Any]) -> None:
         if common["curvature"] == "difference" and self.curvature_closure is None:
             raise RuntimeError(
@@ -544,13 +589,14 @@ class AdaQN(Optimizer):
             )
         if common["curvature"] == "product" and self.curvature_product is None:
             raise RuntimeError(
-                "curvature: the callable is not part of copies and checkpoints; assign it to "
-                "curvature_product"
+                "curvature: there is no callable, which presets, copies and checkpoints leave out; "
+                "assign it to curvature_product"
             )
 
     def _advance(self, params: list[Tensor], grads: list[Tensor | None], state: Buffers) -> None:
         """One call of the schedule: a step and, every ``update_interval`` calls, a pair update."""
-        device = self._arena.device
+        arena = held(self._arena)
+        device = arena.device
         scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         settings = Settings.of(self.param_groups, device, *scaling)
         if self._calls == 0:
@@ -559,7 +605,7 @@ class AdaQN(Optimizer):
         # The dispatcher does so for lists of tensors, but not where some may be missing.
         grads = [None if g is None else g.resolve_neg() for g in grads]
         backend = ops.select_backend(device, self._common()["fused"])
-        owners, hooks, number = self._arena.params, self._hooks(), self._calls + 1
+        owners, hooks, number = arena.params, self._hooks, self._calls + 1
         standing = [g is None for g in grads]
         before = [flag for group in self.param_groups for flag in group.get("standing", ())]
         anew = bool(before) and standing != before
@@ -576,7 +622,7 @@ class AdaQN(Optimizer):
             self._calls = call.number
             if state.gradient_sum is not None:
                 self._note_standing(standing)
-            self._arena.calls.fill_(call.number)
+            arena.calls.fill_(call.number)
 
         with full_precision(device) if by_torch else nullcontext(), uninterrupted() as hold:
             try:
@@ -734,7 +780,7 @@ class AdaQN(Optimizer):
         if "_handle" not in self.__dict__:  # unpickled or copied
             self._prepare()
             self._arena = None
-            self.monitor = self.curvature_closure = self.curvature_product = None
+            self._hooks = Hooks(None, None, None)
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
         for name in GROUPED:  # groups that are added take what is loaded, too

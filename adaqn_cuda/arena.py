@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -156,11 +156,20 @@ class Sizes:
     def allocate(self, device: torch.device) -> list[Tensor]:
         """The buffers, zero, in the order of :meth:`buffers`."""
         return [
-            ring(*shape, dtype, device)
+            ring(shape[0], shape[1], dtype, device)
             if name in RINGS
             else torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in self.buffers().items()
         ]
+
+
+Part = TypeVar("Part")
+
+
+def held(part: Part | None) -> Part:
+    """What the method at hand has: with pairs there are averages, say."""
+    assert part is not None
+    return part
 
 
 class Buffers:
@@ -210,7 +219,7 @@ class Arena(Buffers):
         super().__init__(sizes.dtype, self.names, sizes.allocate(self.device))
         if plan is not None:
             self.table = plan.table
-            plan.fill_identities(self.bases)
+            plan.fill_identities(held(self.bases))
         self.losses.fill_(torch.nan)
         self.calls = torch.zeros((), dtype=torch.int64, device="cpu")
 
@@ -279,7 +288,7 @@ class Arena(Buffers):
             if not theirs and self.anchor is not None:
                 w = real_view(p.detach()).reshape(-1).to(self.sizes.dtype)
                 self.anchor[start:end] = w
-                self.iterate_sum[start:end] = w * self.counters[Counter.ITERATES]
+                held(self.iterate_sum)[start:end] = w * self.counters[Counter.ITERATES]
             start = end
         if joining and self.gradient_sum is not None:
             self.forget_interval()
@@ -329,6 +338,6 @@ class Arena(Buffers):
 
     def forget_interval(self) -> None:
         """Start anew with averages: the next pair update sets the anchor, as the first one did."""
-        self.iterate_sum.zero_()
-        self.gradient_sum.zero_()
+        held(self.iterate_sum).zero_()
+        held(self.gradient_sum).zero_()
         self.counters[Counter.ITERATES] = self.counters[Counter.ANCHORED] = 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from collections.abc import Mapping as MappingABC
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import Module, Parameter
 GATES: dict[type[Module], int] = {nn.LSTM: 4, nn.GRU: 3, nn.LSTMCell: 4, nn.GRUCell: 3}
 
 
-def rnn_blocks(module: Module) -> dict[Parameter, int]:
+def rnn_blocks(module: Module) -> dict[Tensor, int]:
     """Number of row blocks (gates) of every weight matrix of the LSTM and GRU layers in ``module``.
 
     Layers of any depth and direction, and cells, are found anywhere in the module tree.  The
@@ -37,6 +36,8 @@ def rnn_blocks(module: Module) -> dict[Parameter, int]:
 
 #: Row blocks of a parameter: how many of equal height, or the height of each.
 Blocks = int | tuple[int, ...]
+#: What users give: by parameter.  The keys of a mapping are invariant, so both types are named.
+GivenBlocks = Mapping[Tensor, int | Sequence[int]] | Mapping[Parameter, int | Sequence[int]]
 
 
 def as_blocks(given: Any) -> Blocks:
@@ -54,7 +55,7 @@ def heights(shape: Size, blocks: Blocks) -> tuple[int, ...]:
 
 def check_blocks(blocks: Any, params: Iterable[Tensor]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``blocks`` cuts some of ``params`` into rows."""
-    if not isinstance(blocks, MappingABC):
+    if not isinstance(blocks, Mapping):
         raise TypeError(
             f"blocks: expected a mapping from parameters to ints or lists of ints, got {blocks!r}; "
             "pass e.g. rnn_blocks(model)"
@@ -76,7 +77,8 @@ def _check_numbers(parameter: Tensor, given: Any) -> None:
         f"{tuple(parameter.shape)}"
     )
     remedy = "give the number of matrices stacked along its rows, or the rows of each"
-    numbers = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    numbers: list[Any] = list(given) if listed else [given]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, Integral) for n in numbers):
         raise TypeError(f"{rule}, got {given!r}; {remedy}")
     if any(n < 1 for n in numbers):

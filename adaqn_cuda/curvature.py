@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arena import Buffers, real_view
+from .arena import Buffers, held, real_view
 from .layout import Counter
 
 Product = Callable[[Mapping[Tensor, Tensor]], Mapping[Tensor, Tensor]]
@@ -67,8 +67,9 @@ def pending_displacement(params: list[Tensor], a: Buffers) -> Tensor:
     """
     accepted = reference.step_is_accepted(a.projections, a.counters)
     count = a.counters[Counter.ITERATES] + accepted.long()
-    total = torch.where(accepted, a.iterate_sum + a.direction, a.iterate_sum)
-    s = reference.average(total, count) - a.anchor
+    before = held(a.iterate_sum)
+    total = torch.where(accepted, before + held(a.direction), before)
+    s = reference.average(total, count) - held(a.anchor)
     return torch.where((count > 0) & (a.counters[Counter.ANCHORED] > 0), s, 0.0)
 
 
@@ -100,11 +101,11 @@ def closure_difference(
     The parameters hold w_n at the beginning and w_o at the end, or w_n still while there is no
     w_o: a model may be undefined where all parameters are zero.  ``views`` are the real ones.
     """
-    dtype = a.anchor.dtype
-    at_average = closure_gradient(params, closure, dtype)
-    w_n = reference.flatten(views, dtype)
-    reference.write_back(views, torch.where(a.counters[Counter.ANCHORED] > 0, a.anchor, w_n))
-    return at_average - closure_gradient(params, closure, dtype)
+    w_o = held(a.anchor)
+    at_average = closure_gradient(params, closure, w_o.dtype)
+    w_n = reference.flatten(views, w_o.dtype)
+    reference.write_back(views, torch.where(a.counters[Counter.ANCHORED] > 0, w_o, w_n))
+    return at_average - closure_gradient(params, closure, w_o.dtype)
 
 
 # --------------------------------------------------------------------------- the steps' gradients
@@ -118,9 +119,10 @@ def sum_gradients(
     a: Buffers,
 ) -> None:
     """gradient_sum += g, if the step is accepted; after pass 1."""
-    g = reference.gradient_vector(params, grads, a.gradient_sum.dtype, grad_scale, maximize)
+    total = held(a.gradient_sum)
+    g = reference.gradient_vector(params, grads, total.dtype, grad_scale, maximize)
     accepted = reference.step_is_accepted(a.projections, a.counters)
-    a.gradient_sum.copy_(torch.where(accepted, a.gradient_sum + g, a.gradient_sum))
+    total.copy_(torch.where(accepted, total + g, total))
 
 
 def begin_interval_anew(a: Buffers) -> None:
@@ -130,7 +132,7 @@ def begin_interval_anew(a: Buffers) -> None:
     its part of y would be all of its gradient.
     """
     kept = ~reference.step_is_accepted(a.projections, a.counters)
-    for total in (a.iterate_sum, a.gradient_sum):
+    for total in (held(a.iterate_sum), held(a.gradient_sum)):
         total.copy_(torch.where(kept, total, 0.0))
     for word in (Counter.ITERATES, Counter.ANCHORED):
         a.counters[word] *= kept.long()
@@ -138,12 +140,13 @@ def begin_interval_anew(a: Buffers) -> None:
 
 def average_gradient(a: Buffers) -> Tensor:
     """The average of the gradients at the iterates in the sum, counted by pass 3."""
-    return reference.average(a.gradient_sum, a.counters[Counter.ITERATES])
+    return reference.average(held(a.gradient_sum), a.counters[Counter.ITERATES])
 
 
 def move_anchor_gradient(a: Buffers, average: Tensor, before: Tensor) -> None:
     """The anchor's gradient follows the anchor; ``before`` are the counters before the commit."""
     stored = a.counters[Counter.STORED] > before[Counter.STORED]
     first = a.counters[Counter.ANCHORED] > before[Counter.ANCHORED]
-    a.anchor_gradient.copy_(torch.where(stored | first, average, a.anchor_gradient))
-    a.gradient_sum.copy_(torch.where(a.counters[Counter.ITERATES] > 0, a.gradient_sum, 0.0))
+    at_anchor, total = held(a.anchor_gradient), held(a.gradient_sum)
+    at_anchor.copy_(torch.where(stored | first, average, at_anchor))
+    total.copy_(torch.where(a.counters[Counter.ITERATES] > 0, total, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # What the module `signal` wraps: its enums would take longer than a small step does.
-from _signal import getsignal, signal
+from _signal import getsignal, signal  # type: ignore[import-not-found]
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import SIGINT

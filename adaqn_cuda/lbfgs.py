@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from .arena import real_view
+from .arena import held, real_view
 from .history import History
 from .interrupts import uninterrupted
 from .layout import Counter, Stop, Word
@@ -20,6 +20,7 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping
 from .search import Search, turns_of_factors
+from .sharding import check_not_divided, check_whole
 from .watch import check_device, check_dtypes, check_memory
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
@@ -179,6 +180,9 @@ class LBFGS(Optimizer):
         >>> optimizer.stats()["stopped"]
     """
 
+    #: While a state_dict is loaded, the history that it describes, if it has one.
+    _incoming: History | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -205,6 +209,7 @@ class LBFGS(Optimizer):
         values = locals()
         defaults = {name: values[name] for name in CHECKS}
         _validate(defaults)
+        check_not_divided("L-BFGS has one direction for all of them; use LBFGS by itself")
         if max_eval is None:
             least = max_iter + ARMIJO_MORE if line_search_fn == "armijo" else 0
             defaults["max_eval"] = max(max_iter * 5 // 4, least)
@@ -228,7 +233,8 @@ class LBFGS(Optimizer):
         Raises:
             ValueError: an option differs from that of the others.
             TypeError: a parameter is neither floating-point nor complex.
-            RuntimeError: there have been steps; the pairs would not fit.
+            RuntimeError: there have been steps, and the pairs would not fit; or a parameter is a
+                shard, of FSDP or tensor parallelism.
         """
         if self._history is not None:
             raise RuntimeError(
@@ -237,6 +243,7 @@ class LBFGS(Optimizer):
         super().add_param_group(param_group)
         try:
             check_dtypes(self.param_groups[-1]["params"])
+            check_whole(self.param_groups[-1]["params"])
             self._options()
         except Exception:
             self.param_groups.pop()
@@ -354,7 +361,7 @@ class LBFGS(Optimizer):
 
     def _counts(self) -> dict[str, Any]:
         """Where torch has its counts."""
-        state = self.state[self._parameters()[0]]
+        state: dict[str, Any] = self.state[self._parameters()[0]]
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
         return state
@@ -367,8 +374,9 @@ class LBFGS(Optimizer):
         if not self._uncounted:
             return
         self._uncounted = self._captured
-        words = words or self._history.words.tolist()
-        self._history.words[Word.MADE :].zero_()
+        history = held(self._history)
+        words = words or history.words.tolist()
+        history.words[Word.MADE :].zero_()
         counts = self._counts()
         counts["n_iter"] += int(words[Word.MADE])
         counts["func_evals"] += int(words[Word.JUDGED])
@@ -397,7 +405,7 @@ class LBFGS(Optimizer):
     def _allocated(self, options: Mapping[str, Any]) -> History:
         if self._history is None:
             self._bind(self._new_history(options))
-        return self._history
+        return held(self._history)
 
     def _check_capture(self, options: Mapping[str, Any]) -> None:
         """Raise ``RuntimeError`` for a step that a CUDA graph would not repeat as it should."""
@@ -547,7 +555,7 @@ class LBFGS(Optimizer):
 
 def _is_capturing(device: torch.device) -> bool:
     """Whether what happens on the device goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
 def _validate(options: Mapping[str, Any]) -> None:
@@ -558,4 +566,4 @@ def _validate(options: Mapping[str, Any]) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other or float(one) == float(other)
-    return one == other
+    return bool(one == other)

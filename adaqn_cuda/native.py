@@ -73,6 +73,13 @@ def library_path() -> Path | None:
     return _find()[0]
 
 
+def _own_record() -> Record:
+    """The record of the library that serves this package; there must be one."""
+    library = library_path()
+    assert library is not None
+    return read_record(library)
+
+
 @cache
 def library_obstacle() -> str | None:
     """Why the native library is not loaded, and the remedy; ``None`` once it is.
@@ -92,7 +99,7 @@ def obstacle(device_type: str) -> str | None:
     if device_type in SERVED and has_kernel("adaqn::direction_step", device_type.upper()):
         return None
     if device_type == "cuda":
-        reason = read_record(library_path()).without_cuda
+        reason = _own_record().without_cuda
         return _warned(
             "adaqn_cuda runs without native kernels on cuda",
             f"the native library was built without CUDA: {reason}; with the CUDA toolkit in place, "
@@ -111,7 +118,7 @@ def cuda_obstacle(index: int) -> str | None:
     if error is None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
-    images = " ".join(read_record(library_path()).images)
+    images = " ".join(_own_record().images)
     return _warned(
         f"adaqn_cuda runs without native kernels on cuda:{index}",
         f"the native library's kernels ({images}) do not run on cuda:{index}, of compute "

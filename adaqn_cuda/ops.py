@@ -123,7 +123,7 @@ SCHEMAS = {
 _library = torch.library.Library("adaqn", "DEF")
 
 
-def _fake(*args, **kwargs) -> None:
+def _fake(*args: object, **kwargs: object) -> None:
     """No operation returns anything; all write into their arguments."""
 
 

@@ -12,29 +12,6 @@ from torch import Tensor
 
 from .watch import differ
 
-#: Arguments of the authors' experiments, with every extension off.
-PAPER: dict[str, Any] = {
-    "lr": 0.01,
-    "history_size": 10,
-    "fisher_size": 100,
-    "update_interval": 20,
-    "init": "rmsprop",
-    "decay": 0.9,
-    "eps": 2**-26,
-    "min_curvature": 1e-4,
-    "max_increase": 1.01,
-    "weight_decay": 0.0,
-    "maximize": False,
-    "history_dtype": None,
-    "fisher_dtype": None,
-    "curvature": "fisher",
-    "momentum": 0.0,
-    "damping": 0.0,
-    "max_direction": inf,
-    "bias_correction": False,
-    "max_grad_norm": inf,
-}
-
 #: Initial matrices, and those of them that parameter groups may mix: a diagonal needs no factors.
 INITS = ("adagrad", "rmsprop", "scalar", "kronecker")
 MIXED = ("kronecker", "rmsprop")

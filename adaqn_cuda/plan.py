@@ -52,9 +52,13 @@ class Cut:
     block_size: int | None
 
     @property
+    def longest(self) -> int:
+        """The longest piece of a side; pieces of one element have no factors."""
+        return 1 if self.block_size is None else self.block_size
+
+    @property
     def has_factors(self) -> bool:
-        """Pieces of one element would have factors that are the identity."""
-        return self.block_size is not None and self.block_size > 1
+        return self.longest > 1
 
 
 class Plan:
@@ -115,9 +119,9 @@ class Plan:
         if not cut.has_factors:
             return 1
         if height > 1 and width > 1:
-            return cut.block_size
+            return cut.longest
         length = height * width
-        return length if length <= min(self._longest_vector, cut.block_size) else 1
+        return length if length <= min(self._longest_vector, cut.longest) else 1
 
     def _reserve(self, side: int, count: int) -> int:
         """Room for the factors of a side's pieces; a side of one element has none."""

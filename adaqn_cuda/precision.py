@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
 
-def _switches(device: torch.device) -> object | None:
-    """Where torch keeps the precision of float32 products on such a device."""
-    if device.type == "cuda":
-        return torch.backends.cuda.matmul
-    return torch.backends.mkldnn.matmul if device.type == "cpu" else None
+def _switches(device: torch.device) -> Any:
+    """Where torch keeps the precision of float32 products on such a device, if it does."""
+    backends: Any = torch.backends
+    places = {"cuda": backends.cuda, "cpu": backends.mkldnn}
+    return places[device.type].matmul if device.type in places else None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ forward mode does not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .curvature import Product
+
 Loss = Callable[[Any, Any], Tensor]
 Batch = Sequence[Any]
-Product = Callable[[dict[Tensor, Tensor]], dict[Tensor, Tensor]]
 Objective = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor, Objective, list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -114,7 +115,7 @@ def _product(
     if not callable(batch):
         _pair(batch)
 
-    def product(s: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def product(s: Mapping[Tensor, Tensor]) -> Mapping[Tensor, Tensor]:
         params = _differentiated(model, s)
         if not params:
             return {}
@@ -158,12 +159,12 @@ def _pull(
     pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
     if not pairs:
         return [torch.zeros_like(i, requires_grad=False) for i in inputs]
-    outputs, vectors = zip(*pairs, strict=True)
+    reached, seeds = zip(*pairs, strict=True)
     return list(
         torch.autograd.grad(
-            outputs,
+            reached,
             inputs,
-            vectors,
+            seeds,
             create_graph=create_graph,
             materialize_grads=True,
         )
@@ -194,7 +195,7 @@ def _twice_differentiable(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _differentiated(model: nn.Module, s: dict[Tensor, Tensor]) -> list[Tensor]:
+def _differentiated(model: nn.Module, s: Mapping[Tensor, Tensor]) -> list[Tensor]:
     """The parameters of the model, each once, that ``s`` moves and that require gradients."""
     params = [p for p in model.parameters() if p in s]
     if s and not params:

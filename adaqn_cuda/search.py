@@ -96,9 +96,10 @@ class Search:
                     f"closure: the loss is on {loss.device}, the parameters on {self.h.device}; "
                     "move the loss to the parameters"
                 )
-            loss = loss.detach().reshape(())
-            loss = loss if loss.is_floating_point() else loss.double()
-            return loss.to(self.h.device, non_blocking=loss.device.type == "cpu" and not self.reads)
+            value: Tensor = loss.detach().reshape(())
+            value = value if value.is_floating_point() else value.double()
+            ahead = value.device.type == "cpu" and not self.reads
+            return value.to(self.h.device, non_blocking=ahead)
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
             raise TypeError(
                 f"closure: expected it to return the loss, got {loss!r}; end it with 'return loss'"
@@ -145,7 +146,7 @@ class Search:
     @property
     def is_armijo(self) -> bool:
         """Whether trials are judged on the device."""
-        return self.options["line_search_fn"] == "armijo"
+        return bool(self.options["line_search_fn"] == "armijo")
 
     def go_back(self) -> None:
         """The parameters to the iterate, and no pair from the step that was not made."""
@@ -237,6 +238,7 @@ class Search:
         """
         h, options = self.h, self.options
         h.words[: Word.TURN].zero_()
+        words: list[float] | None = None
         for _ in range(options["max_eval"]):
             self._measure(h.trial)
             h.reserve(1)
@@ -260,7 +262,7 @@ class Search:
         """
         if self.captured:
             return False
-        return self.reads or self.ended or self.evaluations > self.options["max_iter"]
+        return self.reads or self.ended or bool(self.evaluations > self.options["max_iter"])
 
     # ------------------------------------------------------------------ decided here
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arena import Buffers
+from .arena import Buffers, held
 from .curvature import (
     Product,
     average_gradient,
@@ -30,7 +30,7 @@ from .options import PER_GROUP, common_options
 Monitor = Callable[[], "Tensor | float"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hooks:
     """Functions of the user's that are called at pair updates."""
 
@@ -64,7 +64,8 @@ class Settings:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> Settings:
-        values, tensors = [], []
+        values: list[list[float]] = []
+        tensors: list[Tensor | None] = []
         for name in PER_GROUP:
             options = [group[name] for group in groups]
             if any(isinstance(option, Tensor) for option in options):
@@ -78,13 +79,13 @@ class Settings:
 
     def max_grad_norm(self, dtype: torch.dtype) -> float:
         """Beyond this norm gradients are clipped: their squares must stay finite."""
-        return min(self.common["max_grad_norm"], largest_norm(dtype))
+        return min(float(self.common["max_grad_norm"]), largest_norm(dtype))
 
     def diagonal(self) -> tuple[float, float, float, bool]:
         """Weights of the old v and of g^2 in the new one, eps, and whether bias is corrected."""
         common, decay = self.common, self.common["decay"]
-        weights = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
-        return *weights, common["eps"], common["bias_correction"]
+        keep, add = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
+        return keep, add, common["eps"], common["bias_correction"]
 
     def matrix(self) -> tuple[float, float, bool]:
         """The same of a Kronecker-factored matrix, without the weight of g^2."""
@@ -142,9 +143,8 @@ class Call:
         """Step, update the pairs if it is time, then ``finish``."""
         moments = before = self.a.moments
         if self._some_moments_stand():
-            momentum = self.a.momentum
             moments = reference.moving_moments(
-                self.params, self.grads, self.a.s_ring, momentum, before
+                self.params, self.grads, self.a.s_ring, held(self.a.momentum), before
             )
             before = moments.clone()
         loss, y = self._move(hold, moments)
@@ -232,7 +232,7 @@ class Call:
         )  # fmt: skip
         if self.kronecker:
             self.grad_scale = reference.shorten_outlier(
-                a.square, self.common["decay"], self.common["bias_correction"], beta, limit,
+                held(a.square), self.common["decay"], self.common["bias_correction"], beta, limit,
                 self.grad_scale, moments, a.projections, a.counters,
             )  # fmt: skip
         loss, y = self._observe(hold) if observed else (None, None)
@@ -265,7 +265,7 @@ class Call:
             self.params, self.grads, a.table, a.projections, a.counters, self.grad_scale, maximize,
             limit, self.common["decay"], *self._turn(), a.accumulator, a.factors, a.bases, a.square,
         )  # fmt: skip
-        self._apply(a.direction, pending=1)
+        self._apply(held(a.direction), pending=1)
         op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
         if self.common["max_direction"] < inf:
             q = self._look_ahead()
@@ -292,7 +292,7 @@ class Call:
 
     def _observe(self, hold: Hold) -> tuple[Tensor | None, Tensor | None]:
         """The monitored loss and y at the averaged iterate; the parameters are as before then."""
-        a, saved = self.a, self.a.direction
+        a, saved = self.a, held(self.a.direction)
         saved.copy_(reference.flatten(self.params, saved.dtype))
         try:
             self.op.iterate_swap(self.params, a.iterate_sum, a.projections, a.counters, saved)
@@ -312,22 +312,22 @@ class Call:
             raise
 
     def _monitored_loss(self) -> Tensor:
-        loss = self.hooks.monitor()
+        loss = held(self.hooks.monitor)()
         scalar = isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex()
         if not scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
             raise TypeError(
                 f"monitor: expected a float or a one-element real tensor, got {loss!r}; return the "
                 "mean loss on the monitoring batch"
             )
-        return on_device(loss, self.a.direction.device)
+        return on_device(loss, self.a.counters.device)
 
     def _evaluate_curvature(self) -> Tensor | None:
         """y by the user's functions, with the parameters at the averaged iterate."""
         if self.common["curvature"] == "product":
             s = pending_displacement(self.params, self.a)
-            return given_product(self.owners, self.hooks.curvature_product, s)
+            return given_product(self.owners, held(self.hooks.curvature_product), s)
         if self.common["curvature"] == "difference":
-            closure = self.hooks.curvature_closure
+            closure = held(self.hooks.curvature_closure)
             return closure_difference(self.owners, closure, self.params, self.a)
         return None
 
@@ -335,9 +335,10 @@ class Call:
 
     def _update_pairs(self, loss: Tensor | None, y: Tensor | None) -> None:
         op, a, common = self.op, self.a, self.common
+        of_interval = None
         if a.gradient_sum is not None:
-            average, before = average_gradient(a), a.counters.clone()
-            y = average - a.anchor_gradient
+            of_interval = average_gradient(a), a.counters.clone()
+            y = of_interval[0] - held(a.anchor_gradient)
         if y is not None:
             accepted = reference.step_is_accepted(a.projections, a.counters)
             a.fisher[0].copy_(torch.where(accepted, y.to(a.fisher.dtype), a.fisher[0]))
@@ -358,8 +359,8 @@ class Call:
         )  # fmt: skip
         for p, w in standing:
             p.copy_(w)
-        if a.gradient_sum is not None:
-            move_anchor_gradient(a, average, before)
+        if of_interval is not None:
+            move_anchor_gradient(a, *of_interval)
 
     def _standing_if_reset(self, loss: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Parameters that a reset, which moves all, must leave alone, and where they are."""
@@ -370,14 +371,14 @@ class Call:
 
     def _initial_product(self) -> Tensor:
         """B0 s of the candidate, in the scratch that a step has done with."""
-        a, image, (keep, _, eps, correct) = self.a, self.a.direction, self.settings.diagonal()
+        a, image, (keep, _, eps, correct) = self.a, held(self.a.direction), self.settings.diagonal()
+        iterate_sum, anchor = held(a.iterate_sum), held(a.anchor)
         if self.kronecker:
-            image.copy_(reference.displacement(a.iterate_sum, a.anchor, a.counters))
+            image.copy_(reference.displacement(iterate_sum, anchor, a.counters))
             self._apply(image, pending=0, inverse=True)
         else:
             reference.initial_product(
-                a.iterate_sum, a.anchor, a.gram, a.counters, keep, eps, correct, a.accumulator,
-                image,
+                iterate_sum, anchor, a.gram, a.counters, keep, eps, correct, a.accumulator, image
             )  # fmt: skip
         return image
 

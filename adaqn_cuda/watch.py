@@ -80,14 +80,14 @@ def check_memory(params: list[Tensor]) -> None:
 def _may_overlap(params: list[Tensor]) -> bool:
     """Whether elements may share places, as far as a look at the layouts of one storage tells."""
     if len(params) == 1:
-        return torch._debug_has_internal_overlap(params[0]) != 0
+        return bool(torch._debug_has_internal_overlap(params[0]) != 0)
     spans = sorted(map(_span, params))
     return any(start < end for (_, end), (start, _) in pairwise(spans))
 
 
 def _span(p: Tensor) -> tuple[int, int]:
     """The bytes of its storage from the first element to the last one."""
-    first = p.storage_offset()
+    first = int(p.storage_offset())
     last = first + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
     return first * p.element_size(), (last + 1) * p.element_size()
 
@@ -96,7 +96,7 @@ def _overlap(params: list[Tensor]) -> bool:
     """Whether elements share places: it looks at every one."""
     spans = []
     for p in params:
-        at = torch.full((1,), p.storage_offset())
+        at = torch.full((1,), int(p.storage_offset()))
         for n, stride in zip(p.shape, p.stride(), strict=True):
             at = (at[:, None] + stride * torch.arange(n)).reshape(-1)
         spans.append(p.element_size() * torch.stack([at, at + 1]))

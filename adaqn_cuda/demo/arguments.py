@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"adaqn_cuda {__version__}")
     commands = top.add_subparsers(dest="command")
-    unset = {"formatter_class": formatter, "argument_default": argparse.SUPPRESS}
+    unset: dict[str, Any] = {"formatter_class": formatter, "argument_default": argparse.SUPPRESS}
     _add_train(commands.add_parser("train", help="train one model", **unset))
     text = "several optimizers on the same seed and data"
     _add_compare(commands.add_parser("compare", help=text, **unset))

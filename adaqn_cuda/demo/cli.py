@@ -68,7 +68,7 @@ def _train(options: Options, command: str) -> int:
     progress = Progress(options.optimizer, run.config.steps, run.step)
     try:
         with held_interrupts() as check:
-            run.on_step = lambda run: (progress.update(run), check())
+            run.on_step = progress.watcher(check)
             result = run.train(options.save, options.save_every)
     except Interrupted:
         return _interrupted(options, run)
@@ -136,7 +136,7 @@ def _run_all(configs: Sequence[Config], corpus: Corpus) -> tuple[list[Result], b
     with held_interrupts() as check:
         for config in configs:
             run, progress = Run(config, corpus), Progress(config.optimizer, config.steps)
-            run.on_step = lambda run, progress=progress: (progress.update(run), check())
+            run.on_step = progress.watcher(check)
             try:
                 results.append(run.train())
                 check()
@@ -209,7 +209,7 @@ def _fit_all(runs: Sequence[fit.Fit]) -> tuple[list[fit.Result], bool]:
     with held_interrupts() as check:
         for run in runs:
             progress = Progress(run.result.name, run.config.evaluations, unit="evaluation")
-            run.on_step = lambda run, progress=progress: (progress.update(run), check())
+            run.on_step = progress.watcher(check)
             try:
                 results.append(run.run())
             except Interrupted:

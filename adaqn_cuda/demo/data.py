@@ -68,11 +68,13 @@ def load_corpus(path: str | None, level: str, vocabulary_size: int = 10_000) -> 
     if len(vocabulary) < 2:
         raise DataError(f"--data {name}: no symbol to learn in the training text; give more text")
     index = {symbol: number for number, symbol in enumerate(vocabulary)}
-    encoded = [torch.tensor([index.get(t, 0) for t in part], dtype=torch.int64) for part in tokens]
+    train, valid, test = (
+        torch.tensor([index.get(t, 0) for t in part], dtype=torch.int64) for part in tokens
+    )
     digest = hashlib.sha256("\0".join(vocabulary).encode())
-    for part in encoded:
+    for part in (train, valid, test):
         digest.update(part.numpy().tobytes())
-    return Corpus(name, level, vocabulary, *encoded, fingerprint=digest.hexdigest()[:16])
+    return Corpus(name, level, vocabulary, train, valid, test, digest.hexdigest()[:16])
 
 
 def standard_library_sources() -> str:

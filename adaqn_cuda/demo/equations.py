@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class Network(nn.Module):
         super().__init__()
         sides = zip((2, *WIDTHS), (*WIDTHS, 1), strict=True)
         layers = [nn.Linear(*pair, dtype=torch.float64) for pair in sides]
-        self.hidden, self.output = nn.ModuleList(layers[:-1]), layers[-1]
+        self.hidden: Any = nn.ModuleList(layers[:-1])  # of linear layers
+        self.output = layers[-1]
         for layer in layers:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -69,7 +71,8 @@ class Network(nn.Module):
         """Values at ``points`` of shape (n, 2)."""
         for layer in self.hidden:
             points = torch.tanh(layer(points))
-        return self.output(points).squeeze(1)
+        values: Tensor = self.output(points)
+        return values.squeeze(1)
 
     def with_laplacian(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Values and Laplacian, carried from layer to layer together with both slopes."""
@@ -115,7 +118,7 @@ class Collocation:
     def loss(self, network: Network) -> Tensor:
         """Mean squared residual, and that of the error on the boundary times its weight."""
         residual = self.equation.residual(self.inside, *network.with_laplacian(self.inside))
-        outside = network(self.boundary) - self.equation.exact(self.boundary)
+        outside: Tensor = network(self.boundary) - self.equation.exact(self.boundary)
         return residual.square().mean() + BOUNDARY_WEIGHT * outside.square().mean()
 
     @torch.no_grad()

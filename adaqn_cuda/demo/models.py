@@ -57,7 +57,8 @@ def detach(state: Hidden) -> Hidden:
     """The state without its history."""
     if state is None or isinstance(state, torch.Tensor):
         return state if state is None else state.detach()
-    return tuple(part.detach() for part in state)
+    h, c = state
+    return h.detach(), c.detach()
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:

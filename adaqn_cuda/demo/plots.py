@@ -47,7 +47,7 @@ def _axes(columns: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _column(result: Result, name: str) -> list[float]:
+def _column(result: Result | fit.Result, name: str) -> list[float]:
     return [record[name] for record in result.curve]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 #: Seconds between two looks at the optimizer's counts, which wait for the device, and two lines.
 LOOK_EVERY, LINE_EVERY = 2.0, 15.0
@@ -20,12 +21,12 @@ class Advancing(Protocol):
 
 
 class Progress:
-    """Give :meth:`update` to a run as ``on_step``."""
+    """What has been done of how many steps; :meth:`watcher` makes the ``on_step`` of a run."""
 
     def __init__(self, label: str, steps: int, done: int = 0, unit: str = "step") -> None:
         self.label, self.steps, self.unit = label, steps, unit
         self.looked = self.printed = 0.0
-        self.bar = None
+        self.bar: Any = None
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -46,6 +47,15 @@ class Progress:
             rate = run.step / max(run.seconds, 1e-9)
             line = f"{self.label}: {self.unit} {run.step}/{self.steps}, {rate:.1f} {self.unit}s/s, "
             print(line + run.status(), file=sys.stderr)
+
+    def watcher(self, check: Callable[[], None]) -> Callable[[Advancing], None]:
+        """Shows a step and then calls ``check``, which may end the run."""
+
+        def show_and_check(run: Advancing) -> None:
+            self.update(run)
+            check()
+
+        return show_and_check
 
     def close(self) -> None:
         if self.bar is not None:

@@ -244,7 +244,9 @@ class Run:
             spent += time.perf_counter() - began
             return losses[-1]
 
-        total = self._timed(lambda: self.optimizer.step(closure))
+        # torch says that closures return floats, and takes tensors.
+        optimizer: Any = self.optimizer
+        total = self._timed(lambda: optimizer.step(closure))
         self.hidden = self._next_hidden
         return losses[0], total - spent
 

@@ -39,7 +39,7 @@ def look_ahead_from_new(
         return g
     ahead, now = look_ahead(counters, beta)
     q = ahead * momentum + now * g
-    return q if here is True else torch.where(here, q, 0.0)
+    return torch.where(here, q, 0.0) if isinstance(here, Tensor) else q
 
 
 def blend(
@@ -59,7 +59,7 @@ def blend(
     of_m, of_g = old_and_new(counters, beta)
     q = of_m * momentum + of_g * g
     momentum.copy_(torch.where(accepted & here, beta * momentum + (1 - beta) * g, momentum))
-    return q if here is True else torch.where(here, q, 0.0)
+    return torch.where(here, q, 0.0) if isinstance(here, Tensor) else q
 
 
 #: Multiple of the root of the average |g|^2 beyond which a gradient is an outlier.
@@ -123,6 +123,6 @@ def diagonal_root(
     Elements that are not ``here`` keep their v.
     """
     v = keep * accumulator + add * g * g
-    v = v if here is True else torch.where(here, v, accumulator)
+    v = torch.where(here, v, accumulator) if isinstance(here, Tensor) else v
     accumulator.copy_(torch.where(accepted, v, accumulator))
     return torch.sqrt(correction * v + eps)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +69,8 @@ def descend(
 
     ``w`` are the parameters.
     """
-    rates = lr if lr_tensor is None else lr_tensor.unbind()
-    decays = weight_decay if weight_decay_tensor is None else weight_decay_tensor.unbind()
+    rates = by_group(lr, lr_tensor)
+    decays = by_group(weight_decay, weight_decay_tensor)
     numels = group_numels(params, group_sizes)
     stepped = [
         (1 - rate * decay) * w_k - rate * p_k
@@ -77,6 +79,11 @@ def descend(
         )
     ]
     write_back(params, torch.where(moves, torch.cat(stepped), w))
+
+
+def by_group(values: list[float], tensor: Tensor | None) -> Sequence[Any]:
+    """A number for each group; the tensor, where given, takes precedence."""
+    return values if tensor is None else tensor.unbind()
 
 
 def group_numels(params: list[Tensor], group_sizes: list[int]) -> list[int]:

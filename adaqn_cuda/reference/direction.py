@@ -195,7 +195,7 @@ def direction_pass3(
     accepted, here = step_is_accepted(projections, counters), presence(params, grads)
     c = forward_coefficients(gram, counters, projections, images)
     p = direction + c.to(direction.dtype) @ s_ring.to(direction.dtype)
-    p = p if here is True else torch.where(here, p, 0.0)
+    p = torch.where(here, p, 0.0) if isinstance(here, Tensor) else p
     if max_direction < inf:
         p = p * cap_factor(p, images, max_direction)
     w = flatten(params, direction.dtype)

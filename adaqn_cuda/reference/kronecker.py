@@ -260,12 +260,13 @@ def _side(length: int, count: int, places: list[int], numbers: list[list[int]]) 
     cuts, strips, first = [], [], 0
     while first < count:
         many, side = sizes.count(sizes[first]), sizes[first]
-        cuts.append((sum(sizes[:first]), many, side))
+        start = sum(sizes[:first])
+        cuts.append((start, many, side))
         before = sum(size**2 for size in sizes[:first])
         if places[0] >= 0:
             squares = [p + before + k * side**2 for p in places for k in range(many)]
             own = [n for chosen in numbers for n in chosen[first : first + many]]
-            strips.append(Strip(*cuts[-1], tuple(squares), tuple(own)))
+            strips.append(Strip(start, many, side, tuple(squares), tuple(own)))
         first += many
     return Side(tuple(cuts), tuple(strips))
 
