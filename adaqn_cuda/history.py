@@ -94,6 +94,14 @@ class History:
         self.scales[:rows] = old["scales"]
         self.gram[:rows, :rows], self.gram[-1, :rows] = old["gram"][:-1], old["gram"][-1]
 
+    def is_complete(self) -> bool:
+        """Whether there is room for all pairs."""
+        return self.slots > self.history_size
+
+    def has_factors(self) -> bool:
+        """Whether the initial matrix has Kronecker factors, which take turns."""
+        return self.table is not None and len(self.factors) > 0
+
     def bytes(self) -> int:
         """Device memory of the state."""
         buffers = [value for value in vars(self).values() if isinstance(value, Tensor)]

@@ -101,6 +101,12 @@ class Word(IntEnum):
     """s.y of the latest candidate."""
     SQUARE = 17
     """y.y of the latest candidate."""
+    TAKEN = 18
+    """t of the latest iterate; 0: there is none, or a search has failed since."""
+    MADE = 19
+    """Iterates accepted since the host looked last."""
+    JUDGED = 20
+    """Trials judged since the host looked last, the iterate itself among them."""
 
 
 class Turn(IntEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import inf
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from .options import choice, count, flag, number, optional, ring_dtype
 from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping
-from .search import Search
+from .search import Search, turns_of_factors
 from .sharding import check_not_divided, check_whole
-from .watch import check_device, check_dtypes
+from .watch import check_device, check_dtypes, check_memory
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
 DETERMINISTIC: dict[str, Any] = {
@@ -34,6 +35,8 @@ DETERMINISTIC: dict[str, Any] = {
     "tolerance_change": 0.0,
 }
 
+#: Reasons after which the next step may end at once.
+ENDS = (Stop.GRADIENT, Stop.STEP, Stop.LOSS, Stop.SLOPE, Stop.SEARCH, Stop.NONFINITE)
 #: Evaluations that a step by Armijo's rule has beyond its iterations, at least.
 ARMIJO_MORE = 10
 INITS = ("scalar", "kronecker", "rmsprop")
@@ -62,8 +65,8 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lr": _rate,
     "max_iter": count(1),
     "max_eval": optional(count(1)),
-    "tolerance_grad": number(0.0, "a number >= 0", infinite=True),
-    "tolerance_change": number(0.0, "a number >= 0", infinite=True),
+    "tolerance_grad": number(-inf, "a number", infinite=True),
+    "tolerance_change": number(-inf, "a number", infinite=True),
     "history_size": count(0),
     "line_search_fn": optional(choice("strong_wolfe", "armijo")),
     "init": choice(*INITS),
@@ -99,13 +102,23 @@ class LBFGS(Optimizer):
       :math:`\tau = \min(1, y^\top s / s^\top B s)`, the update of :math:`H` starts from
       :math:`H / \tau` (Oren & Luenberger 1974; Al-Baali 1998);
     - Armijo's rule (``line_search_fn="armijo"``) needs one loss per trial, and takes its decisions
-      on the device: :meth:`step` waits for it once.
+      on the device.
 
     ``LBFGS(params, **DETERMINISTIC)`` has all three, keeps up to 1000 pairs, and tries half a step
     first: the scaled matrix is too long for a whole one as often as not.
 
     A trial whose loss or gradient is not finite shortens the step, and never enters the history; if
     none is finite, the parameters go back to where they were.
+
+    On a GPU, a step by Armijo's rule first reads what the one before has come to, and then waits
+    for nothing until it has made ``max_iter`` evaluations; with ``max_eval`` no larger than that,
+    it never does. A search that stops sooner changes nothing any more, but the evaluations go on to
+    that number, once: the next step looks from its first evaluation on. The counts in the state
+    follow at the next step, or with :meth:`stats`.
+
+    Such a step can be captured in a CUDA graph, with its closure: call :meth:`reserve` and
+    :meth:`step` before the capture. A replay makes ``max_eval`` evaluations; :meth:`stats` tells
+    what it has come to. The graph keeps the options as they were, ``lr`` among them.
 
     The state takes ``2 history_size + 7`` numbers per parameter once all pairs are there, and grows
     as they come; ``init="kronecker"`` takes up to 5 more (see :class:`AdaQN`), ``"rmsprop"`` 1.
@@ -122,7 +135,7 @@ class LBFGS(Optimizer):
         max_eval (int, optional): maximal number of function evaluations per optimization step
             (default: ``max_iter * 1.25``; with ``"armijo"`` at least 10 more than ``max_iter``).
         tolerance_grad (float, optional): termination tolerance on first order optimality, the
-            largest element of the gradient (default: 1e-7).
+            largest element of the gradient; a negative one never ends a step (default: 1e-7).
         tolerance_change (float, optional): termination tolerance on function value/parameter
             changes (default: 1e-9).
         history_size (int, optional): pairs kept, any number; 0 for none (default: 100).
@@ -135,9 +148,10 @@ class LBFGS(Optimizer):
         min_curvature (float, optional): a pair is stored if :math:`s^\top y` exceeds this multiple
             of :math:`|s| |y|`. ``None`` asks for :math:`s^\top y > 10^{-10}`, as torch does, which
             ends the gain of curvature as a problem converges (default: ``None``).
-        first_step (float, optional): length of a step while there are no pairs, as a multiple of
-            ``lr``. ``None`` for :math:`\min(1, 1 / \sum |g|)`, as torch has it, and 1e-3 where
-            ``init`` is no scalar (default: ``None``).
+        first_step (float, optional): length of the first step, before there are pairs, as a
+            multiple of ``lr``. ``None`` for :math:`\min(1, 1 / \sum |g|)`, as torch has it, and
+            1e-3 where ``init`` is no scalar. While there are no pairs, as with ``history_size=0``,
+            the next search by Armijo's rule starts from twice the last step (default: ``None``).
         decay (float, optional): decay of the averages in :math:`K`, in [0, 1) (default: 0.98).
         eps (float, optional): added inside the root of :math:`K` (default: 1e-16).
         block_size (int, optional): longest piece of a matrix's side that has a factor in
@@ -209,6 +223,7 @@ class LBFGS(Optimizer):
         self._history: History | None = None
         self._stopped = Stop.NOT
         self._uncounted = False
+        self._captured = False
 
     # ------------------------------------------------------------------ parameters and options
 
@@ -235,7 +250,8 @@ class LBFGS(Optimizer):
             raise
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        """Each of them once."""
+        return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
 
     def _options(self) -> dict[str, Any]:
         """The options that all groups share, checked."""
@@ -261,6 +277,7 @@ class LBFGS(Optimizer):
     def _new_history(self, options: Mapping[str, Any]) -> History:
         params = self._parameters()
         check_device(params)
+        check_memory(params)
         real = [real_view(p.detach()) for p in params]
         with torch.inference_mode(False):
             plan = self._plan(real, options)
@@ -293,8 +310,9 @@ class LBFGS(Optimizer):
             What the closure returned first, at the parameters as they were.
 
         Raises:
-            RuntimeError: there is no closure, it leaves no gradient, or an option has changed that
-                gives the state its shape.
+            RuntimeError: there is no closure, it leaves no gradient, an option has changed that
+                gives the state its shape, parameters overlap, or the step is captured in a CUDA
+                graph that could not repeat it.
             TypeError: the closure does not return a loss.
             ValueError: the loss is not one real number, or is on another device.
 
@@ -306,48 +324,108 @@ class LBFGS(Optimizer):
                 "L-BFGS needs them at several points: pass optimizer.step(closure)"
             )
         options = self._options()
-        self._count()
-        state = self.state[self._parameters()[0]]
-        state.setdefault("func_evals", 0)
-        state.setdefault("n_iter", 0)
-        if self._history is None:
-            self._bind(self._new_history(options))
-        history = held(self._history)
-        device = history.device
-        backend = ops.select_backend(device, options["fused"])
-        with full_precision(device), uninterrupted() as hold:
+        captured = _is_capturing(self._parameters()[0].device)
+        if captured:
+            self._check_capture(options)
+            self._captured = True
+        else:
+            self._count()
+        history = self._allocated(options)
+        counts = self._counts()
+        backend = ops.select_backend(history.device, options["fused"])
+        with full_precision(history.device), uninterrupted() as hold:
             search = Search(
                 backend.ops, backend.name == "native", self._parameters(), history, options,
-                closure, hold, state["n_iter"] > 0,
+                closure, hold, counts["n_iter"] > 0, captured, self._stopped in ENDS,
             )  # fmt: skip
             try:
                 self._run(search)
             except BaseException:
                 search.go_back()
                 raise
-            finally:
-                state["func_evals"] += search.evaluations
-                state["n_iter"] += search.iterations
         return search.returned
 
     def _run(self, search: Search) -> None:
         if search.is_armijo:
             self._uncounted = True
-            search.run_armijo()
-            if search.reads:
-                self._count()
-        else:
+            words = search.run_armijo()
+            if words is not None:
+                self._count(words)
+            return
+        try:
             self._stopped = search.run()
+        finally:
+            counts = self._counts()
+            counts["func_evals"] += search.evaluations
+            counts["n_iter"] += search.iterations
 
-    def _count(self) -> None:
-        """Count the iterations that were decided on the device, which this waits for."""
+    def _counts(self) -> dict[str, Any]:
+        """Where torch has its counts."""
+        state: dict[str, Any] = self.state[self._parameters()[0]]
+        state.setdefault("func_evals", 0)
+        state.setdefault("n_iter", 0)
+        return state
+
+    def _count(self, words: list[float] | None = None) -> None:
+        """Count what was decided on the device, which this waits for unless ``words`` are given.
+
+        Graphs that hold a step may have been replayed at any time.
+        """
         if not self._uncounted:
             return
-        self._uncounted = False
-        words = held(self._history).words.tolist()
-        self.state[self._parameters()[0]]["n_iter"] += int(words[Word.ITERATIONS])
-        stopped = Stop(int(words[Word.STATUS]))
-        self._stopped = Stop.EVALUATIONS if stopped is Stop.NOT else stopped
+        self._uncounted = self._captured
+        history = held(self._history)
+        words = words or history.words.tolist()
+        history.words[Word.MADE :].zero_()
+        counts = self._counts()
+        counts["n_iter"] += int(words[Word.MADE])
+        counts["func_evals"] += int(words[Word.JUDGED])
+        if words[Word.JUDGED]:
+            self._stopped = Stop(int(words[Word.STATUS])) or Stop.EVALUATIONS
+
+    # ------------------------------------------------------------------ CUDA graphs
+
+    def reserve(self) -> None:
+        """Allocate the memory of all ``history_size`` pairs, which grows as they come otherwise.
+
+        A CUDA graph that is to hold a step asks for it, before the capture: it would make the
+        memory grow from the same pairs at every replay.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured; and as :meth:`step`.
+        """
+        if _is_capturing(self._parameters()[0].device):
+            raise RuntimeError(
+                "reserve: a CUDA graph would allocate the memory at every replay; call it before "
+                "the capture"
+            )
+        history = self._allocated(self._options())
+        history.reserve(history.history_size)
+
+    def _allocated(self, options: Mapping[str, Any]) -> History:
+        if self._history is None:
+            self._bind(self._new_history(options))
+        return held(self._history)
+
+    def _check_capture(self, options: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` for a step that a CUDA graph would not repeat as it should."""
+        history, search = self._history, options["line_search_fn"]
+        if search != "armijo":
+            raise RuntimeError(
+                f"line_search_fn: {search!r} decides on the host, which a CUDA graph cannot; "
+                'capture a step with "armijo"'
+            )
+        if history is None or not history.calls or not history.is_complete():
+            raise RuntimeError(
+                f"history_size: the memory of {options['history_size']} pairs would be allocated "
+                "in the CUDA graph; call step(closure) and reserve() before the capture"
+            )
+        turns = turns_of_factors(options["factor_interval"])
+        if history.has_factors() and options["max_eval"] % turns:
+            raise RuntimeError(
+                f"max_eval: a captured step makes {options['max_eval']} evaluations, after which "
+                f"not all factors have had their turns; give it a multiple of {turns}"
+            )
 
     # ------------------------------------------------------------------ what users look at
 
@@ -355,8 +433,9 @@ class LBFGS(Optimizer):
         """What has happened, and what the memory holds. Waits for the device.
 
         Returns:
-            dict: ``stopped`` (why the last :meth:`step` ended, in words; ``None`` before the
-            first), ``iterations`` and ``evaluations`` (since the start), ``pairs`` (in memory now),
+            dict: ``stopped`` (why the last :meth:`step` ended, or the last replay of a captured
+            one, in words; ``None`` before the first), ``iterations`` and ``evaluations`` (since the
+            start; by Armijo's rule, those until it stopped), ``pairs`` (in memory now),
             ``stored`` and ``skipped`` (pairs that passed the curvature test, or failed it),
             ``resets`` (searches that failed, which drops all pairs), ``state_bytes``.
         """
@@ -472,6 +551,11 @@ class LBFGS(Optimizer):
         if incoming is not None:
             self._bind(incoming)
             entry.update(incoming.entry())
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what happens on the device goes into a CUDA graph."""
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
 def _validate(options: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, lcm
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ MAX_TRIALS = 20
 SHORTER, MAX_SHORTER = 0.1, 10
 
 
+def turns_of_factors(interval: int) -> int:
+    """Calls after which every factor and basis has had all its turns; see :meth:`Search._call`."""
+    return interval if interval < FIRST_CALLS else lcm(2, interval)
+
+
 @dataclass
 class Search:
     """One call of :meth:`LBFGS.step`.
@@ -37,6 +42,8 @@ class Search:
         closure: evaluates loss and gradient.
         hold: what keeps Ctrl-C away, but for the closure.
         begun: whether there have been iterations before this call.
+        captured: whether this goes into a CUDA graph, so that the host can read nothing.
+        ended: whether the call before has converged or failed, as this one may at once.
     """
 
     op: Any
@@ -47,6 +54,8 @@ class Search:
     closure: Callable[[], Any]
     hold: Hold
     begun: bool
+    captured: bool
+    ended: bool
 
     def __post_init__(self) -> None:
         self.params = [real_view(p.detach()) for p in self.owners]
@@ -99,7 +108,7 @@ class Search:
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for p in self.owners]
-        if all(g is None for g in grads):
+        if all(g is None for g in grads) and any(p.requires_grad for p in self.owners):
             raise RuntimeError(
                 "closure: no parameter has a gradient after it; call loss.backward() in it, on a "
                 "loss that depends on the parameters"
@@ -221,24 +230,39 @@ class Search:
 
     # ------------------------------------------------------------------ decided on the device
 
-    def run_armijo(self) -> None:
-        """Trial after trial; whether one is accepted, and what comes next, is not known here."""
+    def run_armijo(self) -> list[float] | None:
+        """Trial after trial; whether one is accepted, and what comes next, is not known here.
+
+        Returns:
+            The words after the last decision, if the host has seen them.
+        """
         h, options = self.h, self.options
         h.words[: Word.TURN].zero_()
-        h.reserve(options["max_eval"])
+        words: list[float] | None = None
         for _ in range(options["max_eval"]):
             self._measure(h.trial)
+            h.reserve(1)
             self.op.secant_decide(
                 DECREASE, self.noise, options["tolerance_grad"], options["tolerance_change"],
                 MAX_TRIALS, options["max_iter"], h.counters, h.words,
             )  # fmt: skip
-            words = self._read() if self.reads else None
+            words = self._read() if self._looks() else None
             if words is None or words[Word.TURN] != Turn.REFUSE:
                 self._turn(h.trial)
             if words is not None and words[Word.STATUS] != Stop.NOT:
                 break
             self._move(None)
         self.go_back()
+        return words
+
+    def _looks(self) -> bool:
+        """Whether the host reads what has been decided, to end the call once it has stopped.
+
+        Where that means to wait, only if the end may have come: all iterations may have been made.
+        """
+        if self.captured:
+            return False
+        return self.reads or self.ended or bool(self.evaluations > self.options["max_iter"])
 
     # ------------------------------------------------------------------ decided here
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from operator import attrgetter, is_not
 from typing import Any
 
@@ -55,14 +56,53 @@ def differ(ours: list[Any], theirs: list[Any]) -> bool:
 
 
 def check_memory(params: list[Tensor]) -> None:
-    """Raise ``RuntimeError`` for a parameter several elements of which share one place."""
+    """Raise ``RuntimeError`` for elements of the parameters that share one place in memory."""
+    in_storage: dict[int, list[int]] = {}
     for index, p in enumerate(params):
-        if torch._debug_has_internal_overlap(p) == 1:
+        if _may_overlap([p]) and _overlap([p]):
             raise RuntimeError(
                 f"params: several elements of parameter {index}, of shape {tuple(p.shape)} and "
                 f"strides {p.stride()}, share one place in memory, so that no step can be written "
                 "to it; clone() what has been expanded"
             )
+        if p.numel():
+            in_storage.setdefault(p.untyped_storage()._cdata, []).append(index)
+    for indices in in_storage.values():
+        together = [params[index] for index in indices]
+        if _may_overlap(together) and _overlap(together):
+            raise RuntimeError(
+                f"params: elements of parameters {', '.join(map(str, indices))} share places in "
+                "memory, so that no step can be written to them; give the optimizer the tensor "
+                "that they are views of, or clone() them"
+            )
+
+
+def _may_overlap(params: list[Tensor]) -> bool:
+    """Whether elements may share places, as far as a look at the layouts of one storage tells."""
+    if len(params) == 1:
+        return bool(torch._debug_has_internal_overlap(params[0]) != 0)
+    spans = sorted(map(_span, params))
+    return any(start < end for (_, end), (start, _) in pairwise(spans))
+
+
+def _span(p: Tensor) -> tuple[int, int]:
+    """The bytes of its storage from the first element to the last one."""
+    first = int(p.storage_offset())
+    last = first + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    return first * p.element_size(), (last + 1) * p.element_size()
+
+
+def _overlap(params: list[Tensor]) -> bool:
+    """Whether elements share places: it looks at every one."""
+    spans = []
+    for p in params:
+        at = torch.full((1,), int(p.storage_offset()))
+        for n, stride in zip(p.shape, p.stride(), strict=True):
+            at = (at[:, None] + stride * torch.arange(n)).reshape(-1)
+        spans.append(p.element_size() * torch.stack([at, at + 1]))
+    starts, ends = torch.cat(spans, dim=1)
+    order = starts.argsort()
+    return bool((starts[order][1:] < ends[order][:-1]).any())
 
 
 def check_dtypes(params: list[Tensor]) -> None:

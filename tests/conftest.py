@@ -6,6 +6,7 @@ import torch
 from hypothesis import settings
 
 from adaqn_cuda.native import library_obstacle
+from adaqn_cuda.search import Search
 
 # Matplotlib must not look for a display.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -34,3 +35,15 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"{obstacle}. ADAQN_TEST_WITHOUT_LIBRARY=1 tests what does not need the library."
         )
+
+
+@pytest.fixture
+def device_decides(monkeypatch):
+    """LBFGS looks at its decisions no more often than on a GPU."""
+    begin = Search.__post_init__
+
+    def begin_as_on_a_gpu(self):
+        begin(self)
+        self.reads = False
+
+    monkeypatch.setattr(Search, "__post_init__", begin_as_on_a_gpu)

@@ -41,7 +41,7 @@ class Search(Case):
     Args:
         history_size, pairs, oldest: rows of the rings are one more than ``history_size``.
         turn: what the search has decided.
-        step: t of the trial.
+        step, taken: t of the trial, and of the latest iterate.
         curvature: sign and size of the candidate's s.y.
         strided: every how many parameters one is not contiguous; 0 for none.
         loss_dtype: of the loss, as the closure returned it.
@@ -54,6 +54,7 @@ class Search(Case):
     oldest: int = 5
     turn: Turn = Turn.ACCEPT
     step: float = 0.7
+    taken: float = 0.0
     curvature: float = 1.0
     strided: int = 0
     loss_dtype: torch.dtype = F32
@@ -159,7 +160,8 @@ class SearchProblem(Problem):
             Word.TRIAL_SLOPE: trial @ p, Word.TRIAL_SUM: trial.abs().sum(),
             Word.TRIAL_MAX: trial.abs().max() if len(g) else 0, Word.SLOPE: g @ p,
             Word.GRADIENT_SUM: g.abs().sum(), Word.DIRECTION_MAX: p.abs().max() if len(p) else 0,
-            Word.CURVATURE: 0.3, Word.SQUARE: 0.6,
+            Word.CURVATURE: 0.3, Word.SQUARE: 0.6, Word.TAKEN: case.taken, Word.MADE: 5,
+            Word.JUDGED: 8,
         }  # fmt: skip
         for word, value in values.items():
             words[word] = value

@@ -29,7 +29,8 @@ CASES = {
     "plain": Search(),
     "no pairs": Search(pairs=0, oldest=3),
     "no pairs, first step given": Search(pairs=0, oldest=3, first=0.01),
-    "one pair": Search(pairs=1),
+    "no pairs, a step taken": Search(pairs=0, oldest=3, taken=0.3, first=0.01),
+    "one pair": Search(pairs=1, taken=0.3),
     "one element": Search(numels=(1,), history_size=5, pairs=5, oldest=2),
     "31 elements": Search(numels=(31,), pairs=5),
     "one row": Search(history_size=1, pairs=1, oldest=1),
@@ -123,7 +124,7 @@ def check_decisions(namespace, device: str) -> None:
         Word.STEP: (0.0, 0.5), Word.TRIALS: (0, 19), Word.STATUS: (Stop.NOT, Stop.GRADIENT),
         Word.FORGOTTEN: (0, 1), Word.TRIAL_LOSS: (1.0, 1.9, 2.0, 2.4, nan), Word.SLOPE: (-1.0, 0.5),
         Word.TRIAL_NONFINITE: (0, 2), Word.TRIAL_SLOPE: (-0.9, 3.0), Word.TRIAL_MAX: (1e-9, 1.0),
-        Word.DIRECTION_MAX: (1e-10, 1.0), Word.ITERATIONS: (3, 99),
+        Word.DIRECTION_MAX: (1e-10, 1.0), Word.ITERATIONS: (3, 99), Word.TAKEN: (0.0, 0.2),
     }  # fmt: skip
     every = list(product((0, 4), *choices.values()))
     for pairs, *values in Random(0).sample(every, 400):

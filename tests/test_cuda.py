@@ -775,7 +775,7 @@ SEARCH_OPTIONS = {
 def test_armijo_never_waits_in_a_step(no_synchronisation, name):
     """But for the counts of the call before, which a step reads first."""
     params = search_parameters()
-    optimizer = LBFGS(params, max_iter=6, **SEARCH_OPTIONS[name])
+    optimizer = LBFGS(params, max_iter=16, max_eval=16, **SEARCH_OPTIONS[name])
 
     def closure():
         no_synchronisation()
@@ -790,12 +790,33 @@ def test_armijo_never_waits_in_a_step(no_synchronisation, name):
     assert optimizer.stats()["stored"] > 3
 
 
-def test_captured_armijo_iterations():
-    """A graph of one evaluation and what follows it, replayed, is what happens eagerly."""
+def test_converged_steps_make_few_evaluations():
+    params, calls = search_parameters(), []
+    optimizer = LBFGS(params, line_search_fn="armijo", tolerance_grad=1e-3, max_iter=200)
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = valley(params)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert "tolerance_grad" in optimizer.stats()["stopped"] and len(calls) <= 201
+    del calls[:]
+    optimizer.step(closure)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", SEARCH_OPTIONS)
+def test_captured_armijo_iterations(name):
+    """A graph of ten evaluations and what follows them, replayed, is what happens eagerly."""
     results = []
     for captured in (False, True):
         params = search_parameters()
-        optimizer = LBFGS(params, max_iter=4, history_size=8, **SEARCH_OPTIONS["armijo"])
+        options = {**SEARCH_OPTIONS[name], "history_size": 20, "max_iter": 10, "max_eval": 10}
+        optimizer = LBFGS(params, **options)
+        optimizer.reserve()
 
         def closure(params=params, optimizer=optimizer):
             optimizer.zero_grad(set_to_none=False)
@@ -803,9 +824,8 @@ def test_captured_armijo_iterations():
             loss.backward()
             return loss
 
-        for _ in range(4):  # the rings have all their rows
+        for _ in range(4):
             optimizer.step(closure)
-        optimizer.stats()
         if captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -815,6 +835,6 @@ def test_captured_armijo_iterations():
         else:
             for _ in range(3):
                 optimizer.step(closure)
-        results.append([p.detach().clone() for p in params])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        results.append(([p.detach().clone() for p in params], optimizer.stats()))
+    (params, counts), (others, other_counts) = results
+    assert all(map(torch.equal, params, others)) and counts == other_counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaqn_cuda import DETERMINISTIC, LBFGS, native, ops, reference
-from adaqn_cuda.layout import Counter
+from adaqn_cuda.layout import Counter, Word
 from adaqn_cuda.search import Search
 
 F32, F64 = torch.float32, torch.float64
@@ -246,6 +247,20 @@ def test_preset_beats_torch_on_a_network(fused):
     assert min(ours.step().losses) < min(theirs.step().losses) / 5
 
 
+@pytest.mark.parametrize("fused", BACKENDS)
+def test_without_pairs_a_search_starts_from_twice_the_last_step(fused):
+    start, loss = problem("chain")
+    options = dict(line_search_fn="armijo", history_size=0, lr=1e-6, max_iter=1, max_eval=30)
+    run = Run(LBFGS, start, loss, first_step=0.5, fused=fused, **options)
+    steps = [run.step().optimizer._history.words[Word.TAKEN].item() for _ in range(6)]
+    assert steps == [0.5e-6 * 2**k for k in range(6)]
+    factors = chain([1.0], repeat(torch.nan))  # no trial is finite
+    run.loss = lambda p: loss(p) * next(factors)
+    assert "line search failed" in run.step().optimizer.stats()["stopped"]
+    run.loss = loss
+    assert run.step().optimizer._history.words[Word.TAKEN] == 0.5e-6  # from the beginning
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
@@ -255,6 +270,7 @@ SETTINGS = {
     "armijo": dict(line_search_fn="armijo", history_size=4),
     "deterministic": dict(DETERMINISTIC),
     "diagonal": dict(DETERMINISTIC, init="rmsprop", history_size=3),
+    "without pairs": dict(line_search_fn="armijo", history_size=0),
     "bfloat16": dict(line_search_fn="strong_wolfe", history_dtype=torch.bfloat16),
 }
 
@@ -379,6 +395,40 @@ def test_missing_gradients_count_as_zero():
     joined = Run(LBFGS, [*start, torch.ones(3, dtype=F64)], loss).step()
     assert joined.losses == pytest.approx(alone.losses, rel=1e-12)
     assert torch.equal(joined.params[1].detach(), torch.ones(3, dtype=F64))
+
+
+@pytest.mark.parametrize("fused", BACKENDS)
+def test_parameters_that_share_memory_are_refused(fused):
+    base = torch.zeros(12, dtype=F64)
+    views = {
+        "several elements of parameter 1, .* clone": [torch.zeros(2), torch.zeros(1).expand(4)],
+        "several elements of parameter 0": [base.as_strided((3, 3), (2, 1))],
+        "elements of parameters 0, 1 share places": [base[:6], base[5:]],
+    }
+    for message, params in views.items():
+        optimizer = LBFGS([p.requires_grad_() for p in params], fused=fused)
+        with pytest.raises(RuntimeError, match=f"params: {message}"):
+            optimizer.step(lambda params=params: sum(p.sum() for p in params))
+
+
+@pytest.mark.parametrize("fused", BACKENDS)
+def test_views_that_lie_between_each_other_are_parameters(fused):
+    base = torch.ones(6, 2, dtype=F64)
+    start = [torch.ones(6, dtype=F64)] * 2
+    loss = lambda p: (p[0] ** 2).sum() + ((p[1] - p[0]) ** 4).sum() + (p[1] ** 2).sum()  # noqa: E731
+    apart = Run(LBFGS, start, loss, fused=fused).step()
+    together = Run(LBFGS, start, loss)
+    together.params = [base[:, 0].requires_grad_(), base[:, 1].requires_grad_()]
+    together.optimizer = LBFGS(together.params, fused=fused)
+    assert together.step().losses == apart.losses
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_given_twice_is_stepped_once():
+    start, loss = problem("network")
+    once, twice = Run(LBFGS, start, loss), Run(LBFGS, start, loss)
+    twice.optimizer = LBFGS([*twice.params, twice.params[1]])
+    assert twice.step().losses == once.step().losses
 
 
 def test_history_grows_as_it_fills():
@@ -518,21 +568,18 @@ class Operations(TorchDispatchMode):
 def operations_of(line_search_fn, iterations, monkeypatch):
     """Operations of a step beside the closure, and how often the host reads, as on a GPU."""
     start, loss = problem("rosenbrock of 20")
-    run = Run(LBFGS, start, loss, line_search_fn=line_search_fn, max_iter=iterations, lr=1e-2)
+    limits = dict(max_iter=iterations)
+    if line_search_fn == "armijo":
+        limits["max_eval"] = iterations
+    run = Run(LBFGS, start, loss, line_search_fn=line_search_fn, lr=1e-2, **limits)
     run.step()
-    reads = 0
-    init, read = Search.__post_init__, Search._read
-
-    def as_on_a_gpu(self):
-        init(self)
-        self.reads = False
+    reads, read = 0, Search._read
 
     def counted(self):
         nonlocal reads
         reads += 1
         return read(self)
 
-    monkeypatch.setattr(Search, "__post_init__", as_on_a_gpu)
     monkeypatch.setattr(Search, "_read", counted)
     run.losses.clear()
 
@@ -549,9 +596,9 @@ def operations_of(line_search_fn, iterations, monkeypatch):
 
 @pytest.mark.skipif(native.obstacle("cpu") is not None, reason="no native library")
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe", "armijo"])
-def test_operations_and_reads_of_an_iteration(line_search_fn, monkeypatch):
-    short, _, few = operations_of(line_search_fn, 5, monkeypatch)
-    monkeypatch.undo()
+def test_operations_and_reads_of_an_iteration(line_search_fn, monkeypatch, device_decides):
+    with monkeypatch.context() as patch:
+        short, _, few = operations_of(line_search_fn, 5, patch)
     long, reads, many = operations_of(line_search_fn, 15, monkeypatch)
     assert (len(long) - len(short)) / max(many - few, 10) <= 12
     assert reads == (0 if line_search_fn == "armijo" else many)
@@ -560,20 +607,40 @@ def test_operations_and_reads_of_an_iteration(line_search_fn, monkeypatch):
 
 
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe", "armijo"])
-def test_one_read_per_evaluation_finds_the_same(line_search_fn, monkeypatch):
+def test_one_read_per_evaluation_finds_the_same(line_search_fn, request):
     start, loss = problem("rosenbrock of 20")
     options = dict(line_search_fn=line_search_fn, lr=1e-3 if line_search_fn is None else 1.0)
     host = Run(LBFGS, start, loss, **options).step(3)
-    init = Search.__post_init__
-
-    def as_on_a_gpu(self):
-        init(self)
-        self.reads = False
-
-    monkeypatch.setattr(Search, "__post_init__", as_on_a_gpu)
+    request.getfixturevalue("device_decides")
     device = Run(LBFGS, start, loss, **options).step(3)
     assert torch.equal(host.flat(), device.flat())
-    assert host.optimizer.stats()["iterations"] == device.optimizer.stats()["iterations"]
+    assert host.optimizer.stats() == device.optimizer.stats()
+
+
+def test_evaluations_end_soon_after_the_search(device_decides):
+    """Without a look, a call makes as many evaluations as there may be iterations; one that follows
+    on the end looks at once."""
+    start, loss = problem("logistic regression")
+    options = dict(line_search_fn="armijo", tolerance_grad=1e-5, tolerance_change=0.0, max_iter=100)
+    run = Run(LBFGS, start, loss, **options).step()
+    assert len(run.losses) == 101
+    stats = run.optimizer.stats()
+    assert "tolerance_grad" in stats["stopped"] and stats["evaluations"] < 60
+    run.step()
+    assert len(run.losses) == 102
+    assert run.returned.item() == loss(run.params).item() == min(run.losses)
+    run.optimizer.param_groups[0]["tolerance_grad"] = 1e-9
+    run.step()  # looks at once, and finds that there is more to do
+    assert 104 < len(run.losses) < 160
+    assert run.optimizer.stats()["evaluations"] == stats["evaluations"] + len(run.losses) - 101
+
+
+@pytest.mark.parametrize("max_eval", [None, 7, 30])
+def test_a_step_that_all_trials_pass_ends_with_its_iterations(max_eval, device_decides):
+    start, loss = problem("chain")
+    options = dict(line_search_fn="armijo", history_size=0, lr=1e-6, first_step=1.0)
+    run = Run(LBFGS, start, loss, max_iter=7, max_eval=max_eval, **options).step()
+    assert len(run.losses) == (7 if max_eval == 7 else 8)
 
 
 @pytest.mark.parametrize("interval", [1, 4, 5, 9, 10, 25])

@@ -354,6 +354,22 @@ def test_expanded_parameters_are_refused(fused):
 
 
 @both_backends
+def test_parameters_that_overlap_are_refused_and_others_of_one_storage_are_not(fused):
+    base = torch.zeros(4, 6)
+    for views, overlap in (((base[:3], base[2:]), True), ((base[:, ::2], base[:, 1::2]), False)):
+        params = [nn.Parameter(view) for view in views]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if overlap:
+            with pytest.raises(RuntimeError, match="parameters 0, 1 share places in memory"):
+                AdaQN(params, fused=fused).step()
+            assert not base.any()
+        else:
+            AdaQN(params, fused=fused).step()
+            assert base.all()
+
+
+@both_backends
 @pytest.mark.parametrize("name", INITS)
 def test_a_module_may_change_its_dtype(name, fused):
     module = nn.Linear(3, 4)

@@ -25,7 +25,7 @@ argument         shape        meaning
 ``origin``       (d,)         the iterate w
 ``residual``     (d,)         q - Y a, then K of it
 ``scales``       (m+1,)       by slot 1/tau
-``words``        (18,)        see :class:`layout.Word`
+``words``        (21,)        see :class:`layout.Word`
 ===============  ===========  =========================================================
 
 The others are those of the package.  ``projections`` hold u_i = s_i.q, and their flags let
@@ -43,6 +43,8 @@ from .recursion import age_order, backward_coefficients, curvature_triangle, fre
 
 #: Bounds of what a refused step is multiplied with; where the loss is not finite, the lower one.
 SHORTEST, LONGEST = 0.1, 0.5
+#: Without pairs, what the last step is multiplied with to be tried next.
+GROWTH = 2.0
 
 
 def secant_measure(
@@ -111,12 +113,13 @@ def secant_decide(
     forget = failed & (counters[Counter.PAIRS] > 0) & (words[Word.FORGOTTEN] == 0)
 
     change, moved = (trial - loss).abs(), step * words[Word.DIRECTION_MAX]
-    iterations = words[Word.ITERATIONS] + (accept & ~fresh)
+    made = accept & ~fresh
+    iterations = words[Word.ITERATIONS] + made
     reasons = (
         (active & fresh & ~finite, Stop.NONFINITE),
         (accept & (words[Word.TRIAL_MAX] <= tolerance_grad), Stop.GRADIENT),
-        (accept & ~fresh & (moved <= tolerance_change), Stop.STEP),
-        (accept & ~fresh & (change < tolerance_change), Stop.LOSS),
+        (made & (moved <= tolerance_change), Stop.STEP),
+        (made & (change < tolerance_change), Stop.LOSS),
         (accept & (iterations >= max_iter), Stop.ITERATIONS),
         (failed & ~forget, Stop.SEARCH),
     )
@@ -129,9 +132,10 @@ def secant_decide(
     words[Word.STATUS] = status
     words[Word.ITERATIONS] = iterations
     words[Word.TRIALS] = torch.where(refuse & ~forget, words[Word.TRIALS] + 1, 0.0)
-    words[Word.FORGOTTEN] = torch.where(
-        accept & ~fresh, 0.0, words[Word.FORGOTTEN] + forget.double()
-    )
+    words[Word.FORGOTTEN] = torch.where(made, 0.0, words[Word.FORGOTTEN] + forget.double())
+    words[Word.TAKEN] = torch.where(made, step, torch.where(failed, 0.0, words[Word.TAKEN]))
+    words[Word.MADE] += made.double()
+    words[Word.JUDGED] += active.double()
     shorter = torch.where(status == Stop.NOT, shorter, 0.0)
     words[Word.STEP] = torch.where(accept, step, torch.where(refuse, shorter, 0.0))
     words[Word.LOSS] = torch.where(accept, trial, loss)
@@ -268,8 +272,8 @@ def secant_combine(
 ) -> None:
     """p = sigma gamma r + S c with r = K (q - Y a), and the first step along it.
 
-    That is ``lr``, while there are no pairs ``lr first``, or lr min(1, 1 / sum |g|) where ``first``
-    is zero.
+    That is ``lr``.  While there are no pairs it is twice the last step taken, or, where there is
+    none, ``lr first``, or lr min(1, 1 / sum |g|) if ``first`` is zero.
     """
     goes_on = words[Word.TURN] != Turn.REFUSE
     factor, c = scaled_coefficients(gram, scales, counters, projections, images, words)
@@ -281,7 +285,9 @@ def secant_combine(
     short = words.new_full((), first)
     if first == 0:
         short = (1 / words[Word.GRADIENT_SUM]).clamp(max=1.0)
-    start = lr * torch.where(counters[Counter.PAIRS] == 0, short, 1.0)
+    taken = words[Word.TAKEN]
+    alone = torch.where(taken > 0, GROWTH * taken, lr * short)
+    start = torch.where(counters[Counter.PAIRS] == 0, alone, lr)
     start = torch.where(words[Word.STATUS] == Stop.NOT, start, 0.0)
     words[Word.STEP] = torch.where(goes_on, start, words[Word.STEP])
 

@@ -31,6 +31,9 @@ enum : int {
   gamma,            ///< factor of the initial matrix
   curvature,        ///< s.y of the latest candidate
   square,           ///< y.y of the latest candidate
+  taken,            ///< t of the latest iterate; 0: none, or a search has failed since
+  made,             ///< iterates accepted since the host looked last
+  judged,           ///< trials judged since the host looked last
   count,            ///< number of words
 };
 }  // namespace word
@@ -74,6 +77,8 @@ struct SearchRule {
 
 /// Bounds of what a refused step is multiplied with; where the loss is not finite, the lower one.
 constexpr double kShortest = 0.1, kLongest = 0.5;
+/// Without pairs, what the last step is multiplied with to be tried next.
+constexpr double kGrowth = 2;
 
 /// What a refused step is multiplied with: where the parabola through f(w), g.p and f(w + t p) has
 /// its minimum,  -t g.p / (2 (f(w + t p) - f(w) - t g.p)),  within the bounds.
@@ -118,7 +123,8 @@ ADAQN_HOST_DEVICE inline void decide(const SearchRule& rule, const int64_t* coun
   const bool failed = refuse && (last || !descends);
   const bool forget = failed && counters[counter::pairs] > 0 && words[word::forgotten] == 0;
 
-  const double iterations = words[word::iterations] + (accept && !fresh);
+  const bool made = accept && !fresh;
+  const double iterations = words[word::iterations] + made;
   if (active && fresh && !finite) words[word::status] = stop::nonfinite;
   if (accept) words[word::status] = stop_at_accepted(rule, words, fresh, iterations);
   if (failed && !forget) words[word::status] = stop::search;
@@ -126,7 +132,11 @@ ADAQN_HOST_DEVICE inline void decide(const SearchRule& rule, const int64_t* coun
   words[word::turn] = accept ? turn::accept : forget ? turn::forget : turn::refuse;
   words[word::iterations] = iterations;
   words[word::trials] = refuse && !forget ? words[word::trials] + 1 : 0;
-  words[word::forgotten] = accept && !fresh ? 0 : words[word::forgotten] + forget;
+  words[word::forgotten] = made ? 0 : words[word::forgotten] + forget;
+  if (made) words[word::taken] = words[word::step];
+  if (failed) words[word::taken] = 0;
+  words[word::made] += made;
+  words[word::judged] += active;
   if (refuse) words[word::step] *= shortening(words, finite);
   if (!accept && words[word::status] != stop::none) words[word::step] = 0;
   if (accept) {
@@ -135,12 +145,14 @@ ADAQN_HOST_DEVICE inline void decide(const SearchRule& rule, const int64_t* coun
   }
 }
 
-/// The first step along a direction: lr, while there are no pairs lr first, or lr min(1, 1 /
-/// sum |g|) where `first` is zero; 0 once the search has stopped.
+/// The first step along a direction: lr; while there are no pairs twice the last step taken, or,
+/// where there is none, lr first, or lr min(1, 1 / sum |g|) if `first` is zero.  0 once the search
+/// has stopped.
 ADAQN_HOST_DEVICE inline double first_step(double lr, double first, const int64_t* counters,
                                            const double* words) {
   if (words[word::status] != stop::none) return 0;
   if (counters[counter::pairs] > 0) return lr;
+  if (words[word::taken] > 0) return kGrowth * words[word::taken];
   if (first != 0) return lr * first;
   const double inverse = 1 / words[word::gradient_sum];
   return lr * (inverse > 1 ? 1 : inverse);
