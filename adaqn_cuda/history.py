@@ -55,7 +55,7 @@ class History:
         self.words = self._zeros(len(Word), dtype=torch.float64)
         self.words[Word.GAMMA] = 1.0
         self.calls = 0
-        self._pair_dtype = history_dtype or self.dtype
+        self.pair_dtype = history_dtype or self.dtype
         self._allocate(min(FIRST_ROWS, history_size) + 1)
         self._bound = 0
 
@@ -67,7 +67,7 @@ class History:
 
     def _allocate(self, slots: int) -> None:
         self.s_ring, self.y_ring = (
-            ring(slots, self.size, self._pair_dtype, self.device) for _ in range(2)
+            ring(slots, self.size, self.pair_dtype, self.device) for _ in range(2)
         )
         self.gram = self._zeros(slots + 1, slots, dtype=torch.float64)
         self.scales, self.projections, self.images = (

@@ -294,6 +294,11 @@ class LBFGS(Optimizer):
 
     def _bind(self, history: History) -> None:
         self._history = history
+        ops.load_kernels(
+            history.device, self.param_groups[0]["fused"], vectors=history.dtype,
+            pairs=history.pair_dtype, fisher=history.dtype, search=True,
+            kronecker=history.table is not None,
+        )  # fmt: skip
         self._fixed = {name: self.param_groups[0][name] for name in STRUCTURAL}
 
     # ------------------------------------------------------------------ the step
