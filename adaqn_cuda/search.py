@@ -238,6 +238,7 @@ class Search:
         """
         h, options = self.h, self.options
         h.words[: Word.TURN].zero_()
+        self._keep_start()
         words: list[float] | None = None
         for _ in range(options["max_eval"]):
             self._measure(h.trial)
@@ -254,6 +255,11 @@ class Search:
             self._move(None)
         self.go_back()
         return words
+
+    def _keep_start(self) -> None:
+        """Where the parameters are now is gone back to, even if the loss there is not finite."""
+        self.h.words[Word.TURN] = float(Turn.ACCEPT)
+        self.op.secant_keep(self.params, self.h.words, self.h.origin)
 
     def _looks(self) -> bool:
         """Whether the host reads what has been decided, to end the call once it has stopped.

@@ -158,6 +158,20 @@ def test_steps_are_the_same_operations_on_the_same_memory(setting, fused, device
     assert not reads
 
 
+@pytest.mark.parametrize("fused", BACKENDS)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_start_that_is_not_finite_changes_nothing(setting, steps, fused, device_decides):
+    """Nor are parameters that were moved by hand put back to the iterate before."""
+    run = Run(**SETTINGS[setting], fused=fused).step(steps)
+    with torch.no_grad():
+        run.params[0].add_(1.0)
+    before, run.x = [p.detach().clone() for p in run.params], run.x * torch.nan
+    run.step()
+    assert all(map(torch.equal, before, run.params))
+    assert run.optimizer.stats()["stopped"] == "loss or gradient is not finite"
+
+
 def test_memory_that_a_graph_would_allocate_is_refused(captured, monkeypatch):
     run = Run(line_search_fn="armijo", history_size=100)
     for _ in range(2):  # neither before the first step, nor after it
