@@ -17,6 +17,8 @@ FIRST_ROWS, GROWTH = 16, 2.0
 VECTORS = ("direction", "gradient", "trial", "origin", "residual")
 #: What :class:`torch.optim.LBFGS` files of these, under the names that it has for them.
 FOREIGN = {"d": "direction", "prev_flat_grad": "gradient"}
+#: How many words a state has that was saved before there were more; the later ones are zero then.
+FIRST_WORDS = Word.TAKEN
 #: Buffers of an initial matrix that is not a number.
 MATRIX = ("accumulator", "factors", "bases", "square")
 
@@ -150,8 +152,9 @@ class History:
         for theirs, ours in FOREIGN.items():
             self._fill(ours, entry[theirs])
         if own:
-            for name in ("gram", "scales", "counters", "words"):
+            for name in ("gram", "scales", "counters"):
                 self._fill(name, entry[name])
+            self._fill("words", self._with_later_words(entry["words"]))
             self.calls = int(entry["calls"])
         else:
             self.words[Word.STEP] = float(entry["t"])
@@ -170,6 +173,12 @@ class History:
         for name in MATRIX if self.table is not None and own else ():
             self._fill(name, entry.get(name))
         self._bound = int(entry["bound"]) if own else len(s_rows)
+
+    @staticmethod
+    def _with_later_words(words: Any) -> Any:
+        if not isinstance(words, Tensor) or words.shape != (FIRST_WORDS,):
+            return words
+        return torch.nn.functional.pad(words, (0, len(Word) - FIRST_WORDS))
 
     def _fill(self, name: str, value: Any) -> None:
         buffer = getattr(self, name)

@@ -294,6 +294,20 @@ def test_resumes_bit_for_bit_after_any_evaluation(setting, max_eval, fused):
     assert whole.optimizer.stats() == other.optimizer.stats()
 
 
+def test_a_state_of_before_there_were_more_words_is_taken():
+    start, loss = problem("network")
+    whole = Run(LBFGS, start, loss, line_search_fn="armijo", max_iter=5).step(3)
+    saved = copy.deepcopy(whole.optimizer.state_dict())
+    saved["state"][0]["words"] = saved["state"][0]["words"][: Word.TAKEN]
+    other = Run(LBFGS, [p.detach() for p in whole.params], loss, line_search_fn="armijo")
+    other.optimizer.load_state_dict(saved)
+    whole.step(2), other.step(2)
+    assert torch.equal(whole.flat(), other.flat())
+    saved["state"][0]["words"] = saved["state"][0]["words"][:-1]
+    with pytest.raises(ValueError, match=r"'words' of shape \(21,\), got \(17,\)"):
+        other.optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
 def test_state_goes_to_torch_and_comes_from_it(line_search_fn):
     start, loss = problem("chain")
