@@ -11,9 +11,11 @@ import torch
 from problems import assert_same, both_backends, plain_adaqn, random_parameters, set_gradients
 from problems import snapshot as snapshot_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaqn_cuda import AdaQN, ops
 from adaqn_cuda.layout import Counter
+from adaqn_cuda.watch import check_memory
 
 F32, F64 = torch.float32, torch.float64
 PAIRS = dict(init="rmsprop", history_size=3, update_interval=2, fisher_size=3)
@@ -367,6 +369,13 @@ def test_parameters_that_overlap_are_refused_and_others_of_one_storage_are_not(f
         else:
             AdaQN(params, fused=fused).step()
             assert base.all()
+
+
+def test_a_part_of_a_tensor_needs_no_look_at_its_elements():
+    """Which would take long where there are many, and is not possible without memory."""
+    with FakeTensorMode():
+        a, b, c = (torch.zeros(6, 10, 4) for _ in range(3))
+        check_memory([nn.Parameter(p) for p in (a[:, :3], b[1:4, :, :2].mT, c[:, ::2, 1:])])
 
 
 @both_backends
