@@ -98,6 +98,15 @@ def test_what_there_is_no_time_for_is_told(check):
     assert done.returncode == 2 and "--quickly" in done.stderr
 
 
+def test_a_benchmark_ends_before_its_stage_does(check):
+    """Or nothing of it would be written."""
+    for seconds, limit in (("540", 100), ("70", 70)):
+        done, (command,) = check("--seconds", seconds, "--only", "benchmark of the default")
+        assert done.returncode == 0, done.stderr
+        budget = int(command[command.index("--budget") + 1])
+        assert limit - 30 < budget <= limit - 20
+
+
 def test_stages_select_tests_that_there_are(check):
     """All of them between the two stages, and every operation for the sanitizer."""
     collected = subprocess.run(
