@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from itertools import chain, repeat
+from pathlib import Path
 from types import ModuleType
 
 import torch
-from cmake_module import ROOT, build_module
+from cmake_module import ROOT, build_module, import_module
 from torch import Tensor
 
 from adaqn_cuda.layout import Flag, state_dtype
@@ -15,10 +17,15 @@ from adaqn_cuda.layout import Flag, state_dtype
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+SOURCE, NAME = ROOT / "tests" / "emulation", "adaqn_cuda_emulated"
+
+
 @cache
 def build() -> ModuleType:
-    """The extension module, rebuilt where sources have changed."""
-    return build_module(ROOT / "tests" / "emulation", "adaqn_cuda_emulated")
+    """The extension module at ``ADAQN_EMULATED``, or ours, rebuilt where sources have changed."""
+    if "ADAQN_EMULATED" in os.environ:
+        return import_module(NAME, Path(os.environ["ADAQN_EMULATED"]))
+    return build_module(SOURCE, NAME)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -182,6 +182,10 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
     emulation::shared_bytes = shared_bytes;
     emulation::reverse_order = reverse_order;
   });
+  m.def("omit_barrier", [](const std::string& file, int line) {
+    emulation::omitted_file = file;
+    emulation::omitted_line = line;
+  });
   m.def("launches", [] { return emulation::launches; });
   m.def("limit_cooperative_launches", [](int blocks) { emulation::cooperative_limit = blocks; });
   m.def("make_current", [](int device) { make_current(device); });

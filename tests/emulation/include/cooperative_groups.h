@@ -7,7 +7,9 @@
 namespace cooperative_groups {
 
 struct grid_group {
-  void sync() const { emulation::wait(*emulation::grid_barrier); }
+  void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    emulation::wait_for_grid({file, line});
+  }
 };
 
 inline grid_group this_grid() { return {}; }
