@@ -49,6 +49,7 @@ CASES = {
     "first call": Blocks(shapes=((12, 10), (7,)), call=1),
     "first call in float64": Blocks(shapes=((12, 10), (7,)), call=1, dtypes=(F64,)),
     "early call": Blocks(shapes=MANY, block_size=4, call=7),
+    "growing tiles": Blocks(shapes=((7,), (3,), (12, 10))),
     "every call": Blocks(shapes=((12, 10), (20, 9)), block_size=7, interval=1),
     "everything": Blocks(**EVERYTHING),
     "everything in float64": Blocks(shapes=MANY, block_size=4, dtypes=(F64,), **EVERYTHING),

@@ -21,40 +21,65 @@ from secant_arguments import check_search
 from secant_properties import CASES as SECANT
 
 #: Grids of two blocks, whose threads run in either order.
-DEVICES = {"forward": EmulatedOps(1), "reverse": EmulatedOps(1, reverse_order=True)}
-#: Where buffers of a tile and a basis lie in global memory.
+FORWARD, REVERSE = EmulatedOps(1), EmulatedOps(1, reverse_order=True)
+#: Buffers of most tiles and bases lie in global memory.
 LITTLE_MEMORY = EmulatedOps(1, shared_kib=28)
 
 STEPS = (
     *("everything", "plain", "everything, mixed", "everything in float64", "full rings"),
     *("identity", "no history", "no history, everything", "damped, fisher ring of 150"),
 )
-SEARCHES = ("plain", "65 pairs", "bfloat16 rings", "mixed", "refused")
-MATRICES = ("everything", "plain", "blocks", "everything in float64")
+SEARCHES = (
+    *("65 pairs", "plain", "unpadded rows", "bfloat16 rings", "mixed", "refused", "forgotten"),
+)
+MATRICES = (
+    *("everything", "plain", "growing tiles", "every call", "blocks", "everything in float64"),
+)
 #: Type and side of a factor of rank one, whose basis takes several rounds; the largest is more than
 #: one panel.
 BASES = ((F32, 5), (F64, 5), (F32, 70))
 
 
+def step_cases(device: EmulatedOps, case: str) -> dict[str, Callable[[], None]]:
+    return {
+        f"{operation}, {case}": partial(check_case, device, operation, CASES[case], "cpu")
+        for operation in operations_for(CASES[case])
+    }
+
+
+def search_cases(device: EmulatedOps, case: str) -> dict[str, Callable[[], None]]:
+    return {
+        f"{operation}, {case}": partial(check_search, device, operation, SECANT[case])
+        for operation in SECANT_OPERATIONS
+    }
+
+
+def matrix_cases(device: EmulatedOps, case: str) -> dict[str, Callable[[], None]]:
+    return {
+        f"{operation}, {case}": partial(
+            check_kronecker_case, device, operation, KRONECKER[case], "cpu"
+        )
+        for operation in KRONECKER_OPERATIONS
+    }
+
+
+def basis_cases(device: EmulatedOps, kind: tuple) -> dict[str, Callable[[], None]]:
+    dtype, side = kind
+    return {f"basis of {side}, {dtype}": partial(check_bases, device, dtype, 1, side, "cpu")}
+
+
 def all_cases() -> dict[str, Callable[[], None]]:
-    """Checks by name, each a run of one operation, quick ones first."""
+    """Checks by name, each a run of one operation; some of every kind come first."""
+    families = ((step_cases, STEPS), (search_cases, SEARCHES), (matrix_cases, MATRICES))
     cases = {}
-    for name, device in DEVICES.items():
-        for case in STEPS:
-            for operation in operations_for(CASES[case]):
-                check = partial(check_case, device, operation, CASES[case], "cpu")
-                cases[f"{operation}, {case}, {name}"] = check
-        for case in SEARCHES:
-            for operation in SECANT_OPERATIONS:
-                check = partial(check_search, device, operation, SECANT[case])
-                cases[f"{operation}, {case}, {name}"] = check
-        for case in MATRICES:
-            for operation in KRONECKER_OPERATIONS:
-                check = partial(check_kronecker_case, device, operation, KRONECKER[case], "cpu")
-                cases[f"{operation}, {case}, {name}"] = check
-    for dtype, side in BASES:
-        check = partial(check_bases, LITTLE_MEMORY, dtype, 1, side, "cpu")
-        cases[f"basis of {side} columns in {dtype}"] = check
+    for make, names in families:
+        cases.update(make(FORWARD, names[0]))
+    for kind in BASES:
+        cases.update(basis_cases(LITTLE_MEMORY, kind))
+    for make, names in families:
+        for name in names[1:]:
+            cases.update(make(FORWARD, name))
+        cases.update({f"{x}, reverse": check for x, check in make(REVERSE, names[0]).items()})
     return cases
 
 

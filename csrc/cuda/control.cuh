@@ -135,10 +135,10 @@ __device__ void weigh(const Averages& averages, double max_grad_norm, const Step
 }
 
 /// Brings gram into shared memory and lets one thread call solve(gram, ring).  All threads of the
-/// block call it; what `solve` wrote is there after its last line.
+/// block call it, past a barrier behind the last use of the sums, and `solve` sees what they wrote;
+/// what it wrote is there after the last line.
 template <class T, class Solve>
 __device__ void with_gram(const State& state, const StepMemory<T>& memory, Solve solve) {
-  __syncthreads();
   copy_words(memory.gram, state.gram, (memory.slots + 1) * memory.slots);
   __syncthreads();
   if (threadIdx.x == 0) solve(static_cast<const double*>(memory.gram), memory.ring());

@@ -58,7 +58,8 @@ __device__ void find_quotients(int side, const BasisMemory<T>& memory) {
   __syncthreads();
 }
 
-/// places[k]: which column has the k-th largest quotient, the first ones first among equals.
+/// places[k]: which column has the k-th largest quotient, the first ones first among equals.  They
+/// are there after the next barrier.
 template <class T>
 __device__ void find_places(int side, const BasisMemory<T>& memory) {
   for (int j = threadIdx.x; j < side; j += kThreads<T>) {
@@ -70,10 +71,9 @@ __device__ void find_places(int side, const BasisMemory<T>& memory) {
     }
     memory.places[rank] = j;
   }
-  __syncthreads();
 }
 
-/// order = order of places.
+/// order = order of places, which are there for all threads after it.
 template <class T>
 __device__ void compose_order(int side, int32_t* order, const BasisMemory<T>& memory) {
   for (int k = threadIdx.x; k < side; k += kThreads<T>) memory.before[k] = order[k];
@@ -113,14 +113,12 @@ __device__ void iterate_subspace(const Panels<T>& panels, const Damped<T>& matri
 template <class T>
 __device__ void refresh_basis(const Panels<T>& panels, const T* factor, T* basis, int side,
                               int iterations, int32_t* order, BasisMemory<T> memory) {
-  __syncthreads();
   const Damped<T> matrix(factor, side);
   for_each_element<T>(side, side, [&](int e, int, int) { memory.basis[e] = basis[e]; });
   for (int k = threadIdx.x; k < side; k += kThreads<T>) order[k] = k;
   for (int n = 0; n < iterations; ++n) iterate_subspace(panels, matrix, side, order, memory);
-  __syncthreads();
   for_each_element<T>(side, side, [&](int e, int, int) { basis[e] = memory.basis[e]; });
-  __syncthreads();
+  __syncthreads();  // who still reads what the next factor's basis takes the place of
 }
 
 }  // namespace adaqn::cuda

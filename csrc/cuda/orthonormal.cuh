@@ -39,7 +39,7 @@ struct Panel {
   int rows, width, pitch;
 };
 
-/// squares[j] = |z_j|^2.
+/// squares[j] = |z_j|^2.  They are there after the next barrier.
 template <class T>
 __device__ void square_columns(const Panel<T>& panel, T* squares) {
   for (int j = threadIdx.x; j < panel.width; j += kThreads<T>) {
@@ -50,7 +50,6 @@ __device__ void square_columns(const Panel<T>& panel, T* squares) {
     }
     squares[j] = sum;
   }
-  __syncthreads();
 }
 
 /// z_j = z_j - sum over k < j of z_k (z_k.z_j) / |z_k|^2, each z_k as it has become, by elimination

@@ -27,7 +27,7 @@ __device__ __forceinline__ double warp_sum(double x) {
 }
 
 /// The largest x of a block for vectors of T, the same in every thread; `memory` has a word per
-/// warp.  All threads of the block call it.
+/// warp, which others may read up to the barrier before.  All threads of the block call it.
 template <class T>
 __device__ T block_max(T x, T* memory) {
 #pragma unroll
@@ -35,7 +35,6 @@ __device__ T block_max(T x, T* memory) {
     const T other = __shfl_xor_sync(0xffffffffu, x, mask);
     x = other > x ? other : x;
   }
-  __syncthreads();  // who still reads `memory`
   if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = x;
   __syncthreads();
   for (int i = 0; i < kThreads<T> / 32; ++i) x = memory[i] > x ? memory[i] : x;
