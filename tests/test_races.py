@@ -23,9 +23,3 @@ def test_missing_barriers_are_seen():
         of_block: "race",
         of_grid: "race",
     }
-
-
-def test_nobody_misses_what_is_no_barrier():
-    """The cases pass in the processes in which barriers are left out."""
-    nowhere = "launch.cuh:1"
-    assert barriers.verdicts([nowhere], sanitized=False) == {nowhere: barriers.NOBODY}

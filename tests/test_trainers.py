@@ -88,7 +88,7 @@ def test_what_is_assigned_to_a_posing_wrapper_reaches_the_optimizer(name):
 def test_example(example, tmp_path):
     package = EXAMPLES[example]
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is missing; pip install '.[test]'")
+        pytest.skip(f"{package} is missing; pip install '.[trainers]'")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "examples" / f"{example}.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -117,6 +117,9 @@ PYBIND11_MODULE(adaqn_common_test, m) {
       {"GAMMA", word::gamma},
       {"CURVATURE", word::curvature},
       {"SQUARE", word::square},
+      {"TAKEN", word::taken},
+      {"MADE", word::made},
+      {"JUDGED", word::judged},
   };
   m.attr("TURNS") = std::vector<std::pair<std::string, int>>{
       {"REFUSE", turn::refuse}, {"ACCEPT", turn::accept}, {"FORGET", turn::forget}};
