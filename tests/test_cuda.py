@@ -407,6 +407,22 @@ def no_synchronisation():
     torch.cuda.set_sync_debug_mode("default")
 
 
+def step_without_waiting(params, optimizer, steps, no_synchronisation):
+    """Steps, some of them dropped, during which waiting for the device is an error."""
+    gradients = []
+    for step in range(steps):
+        set_gradients(params, step, bad=step % 17 == 5)
+        gradients.append([p.grad.clone() for p in params])
+    optimizer.step()  # allocates
+    torch.cuda.synchronize()
+    no_synchronisation()
+    for grads in gradients:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(
     ("name", "monitored"),
     [
@@ -421,18 +437,7 @@ def test_a_hundred_steps_never_wait(no_synchronisation, name, monitored):
     if monitored:
         calls = iter(range(1000))
         optimizer.monitor = lambda: losses[next(calls) % 4]
-    gradients = []
-    for step in range(100):
-        set_gradients(params, step, bad=step % 17 == 5)
-        gradients.append([p.grad.clone() for p in params])
-    optimizer.step()  # allocates
-    torch.cuda.synchronize()
-    no_synchronisation()
-    for grads in gradients:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        optimizer.step()
-    torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(params, optimizer, 100, no_synchronisation)
     stats = optimizer.stats()
     assert stats["steps_skipped"] >= 5
     assert (stats["stored"] > 0) == ("no history" not in name)
@@ -520,18 +525,7 @@ def test_every_option_goes_the_cpus_way(name):
 @pytest.mark.parametrize("name", EVERY_OPTION)
 def test_no_option_waits(no_synchronisation, name):
     params, optimizer = make_every_on("cuda", name)
-    gradients = []
-    for step in range(40):
-        set_gradients(params, step, bad=step % 17 == 5)
-        gradients.append([p.grad.clone() for p in params])
-    optimizer.step()  # allocates
-    torch.cuda.synchronize()
-    no_synchronisation()
-    for grads in gradients:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        optimizer.step()
-    torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(params, optimizer, 40, no_synchronisation)
     assert optimizer.stats()["steps_skipped"] >= 2
 
 
