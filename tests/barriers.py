@@ -4,7 +4,7 @@
 
 For every barrier of a block or a grid in ``csrc/cuda`` (or for those named) the cases of
 ``small_cases.py`` run without it, once under ThreadSanitizer and once without, each in a process of
-its own and up to the first failure.  The exit status says whether nothing misses one of them.
+its own and up to the first failure.  The exit status is 1 where nobody notices one of them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def status_without(barrier: str) -> int:
 
 
 def judge(names: list[str]) -> None:
-    """Prints who misses each barrier.
+    """Prints who notices that each barrier is missing.
 
     The processes of the cases begin where this one is, with all loaded that takes long.
     """
@@ -72,7 +72,7 @@ def judge(names: list[str]) -> None:
 
 
 def verdicts(names: list[str], sanitized: bool) -> dict[str, str]:
-    """Who misses each barrier, with or without ThreadSanitizer."""
+    """Who notices that each barrier is missing, with or without ThreadSanitizer."""
     script = [__file__, "--judge", *names]
     if sanitized:
         done = races.run(script, capture=True, halt_on_error=1, symbolize=0)
@@ -88,7 +88,7 @@ def main(names: list[str]) -> int:
     for name in names:
         print(f"| `{name}` | {by_race[name]} | {by_result[name]} |")
     missed = [name for name in names if by_race[name] == by_result[name] == NOBODY]
-    print(f"{len(names)} barriers, of which nobody misses {len(missed)}.")
+    print(f"{len(names)} barriers; nobody notices that {len(missed)} of them are missing.")
     return bool(missed)
 
 

@@ -203,9 +203,9 @@ def check_new_directions(namespace, dtype: torch.dtype, side: int, device: str) 
     assert_close(basis[:, :9].contiguous(), dominant.contiguous(), "bases", limit)
 
 
-def check_hopeless_factors(namespace, value: float, device: str) -> None:
+def check_hopeless_factors(namespace, value: float, device: str, shapes=((12, 10),)) -> None:
     """Zero, or not finite: the basis stays, and so does v."""
-    problem = BlocksProblem(Blocks(call=21, interval=1, beta=0.9), device)
+    problem = BlocksProblem(Blocks(shapes=shapes, call=21, interval=1, beta=0.9), device)
     problem.set_factors(lambda n: torch.full((n, n), value, dtype=F64))
     for g in problem["grads"]:
         g.zero_()

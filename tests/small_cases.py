@@ -15,7 +15,7 @@ from kernel_problems import F32, F64
 from kernel_properties import CASES, check_case, operations_for
 from kronecker_properties import CASES as KRONECKER
 from kronecker_properties import OPERATIONS as KRONECKER_OPERATIONS
-from kronecker_properties import check_bases, check_kronecker_case
+from kronecker_properties import check_bases, check_hopeless_factors, check_kronecker_case
 from secant_arguments import OPERATIONS as SECANT_OPERATIONS
 from secant_arguments import check_search
 from secant_properties import CASES as SECANT
@@ -68,6 +68,12 @@ def basis_cases(device: EmulatedOps, kind: tuple) -> dict[str, Callable[[], None
     return {f"basis of {side}, {dtype}": partial(check_bases, device, dtype, 1, side, "cpu")}
 
 
+def hopeless_case(device: EmulatedOps) -> dict[str, Callable[[], None]]:
+    """A block has a basis that fails, and then a larger one."""
+    check = partial(check_hopeless_factors, device, 0.0, "cpu", ((5, 12), (20, 12)))
+    return {"hopeless factors": check}
+
+
 def all_cases() -> dict[str, Callable[[], None]]:
     """Checks by name, each a run of one operation; some of every kind come first."""
     families = ((step_cases, STEPS), (search_cases, SEARCHES), (matrix_cases, MATRICES))
@@ -76,6 +82,7 @@ def all_cases() -> dict[str, Callable[[], None]]:
         cases.update(make(FORWARD, names[0]))
     for kind in BASES:
         cases.update(basis_cases(LITTLE_MEMORY, kind))
+    cases.update(hopeless_case(FORWARD))
     for make, names in families:
         for name in names[1:]:
             cases.update(make(FORWARD, name))
