@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .reference.kronecker import FIRST_CALLS
+from .reference.kronecker import FIRST_CALLS, turns
 
 
 def is_captured(device: torch.device) -> bool:
@@ -41,7 +41,7 @@ def period(common: Mapping[str, Any], factored: bool) -> int:
         common: options of the whole optimizer.
         factored: whether anything has Kronecker factors.
     """
-    of_factors = lcm(2, common["factor_interval"]) if factored else 1
+    of_factors = turns(common["factor_interval"]) if factored else 1
     of_pairs = common["update_interval"] if common["history_size"] > 0 else 1
     return lcm(of_factors, of_pairs)
 
@@ -56,17 +56,17 @@ def warn_of_turns(common: Mapping[str, Any], factored: bool, call: int) -> None:
     steps = period(common, factored)
     if steps == 1:
         return
-    turns = []
+    frozen = []
     if factored:
-        turns.append("factors and bases whose turn it is not will never change again")
+        frozen.append("factors and bases whose turn it is not will never change again")
     if common["history_size"] > 0:
         due = call % common["update_interval"] == 0
-        turns.append(f"{'every' if due else 'no'} replay will try a pair")
+        frozen.append(f"{'every' if due else 'no'} replay will try a pair")
     after = f", after the first {FIRST_CALLS}," if factored else ""
     warnings.warn(
         f"AdaQN.step() is being captured in a graph, which repeats this call of its schedule: "
-        f"{', and '.join(turns)}. Capture {steps} successive calls{after} and replay them in their "
-        "order. If that is what you do, filter this warning.",
+        f"{', and '.join(frozen)}. Capture {steps} successive calls{after} and replay them in "
+        "their order. If that is what you do, filter this warning.",
         RuntimeWarning,
         stacklevel=6,  # the caller of step(), which torch wraps twice
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops
+from . import capture, ops
 from .arena import held, real_view
 from .history import History
 from .interrupts import uninterrupted
@@ -329,7 +329,7 @@ class LBFGS(Optimizer):
                 "L-BFGS needs them at several points: pass optimizer.step(closure)"
             )
         options = self._options()
-        captured = _is_capturing(self._parameters()[0].device)
+        captured = capture.is_captured(self._parameters()[0].device)
         if captured:
             self._check_capture(options)
             self._captured = True
@@ -399,7 +399,7 @@ class LBFGS(Optimizer):
         Raises:
             RuntimeError: a CUDA graph is being captured; and as :meth:`step`.
         """
-        if _is_capturing(self._parameters()[0].device):
+        if capture.is_captured(self._parameters()[0].device):
             raise RuntimeError(
                 "reserve: a CUDA graph would allocate the memory at every replay; call it before "
                 "the capture"
@@ -556,11 +556,6 @@ class LBFGS(Optimizer):
         if incoming is not None:
             self._bind(incoming)
             entry.update(incoming.entry())
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether what happens on the device goes into a CUDA graph."""
-    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
 def _validate(options: Mapping[str, Any]) -> None:

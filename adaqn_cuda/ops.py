@@ -161,16 +161,19 @@ def native_obstacle(device: torch.device) -> str | None:
     """Why native kernels cannot serve ``device``, and the remedy; ``None`` if they can."""
     obstacle = native.obstacle(device.type)
     if obstacle is None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        obstacle = native.cuda_obstacle(index)
+        obstacle = native.cuda_obstacle(_index(device))
     return obstacle
+
+
+def _index(device: torch.device) -> int:
+    """The number of a CUDA device."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def load_kernels(device: torch.device, fused: bool | None, **kinds: Any) -> None:
     """Load CUDA kernels, as :func:`native.load_cuda_kernels` does, where they are to run."""
     if device.type == "cuda" and fused is not False and native_obstacle(device) is None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        native.load_cuda_kernels(index, **kinds)
+        native.load_cuda_kernels(_index(device), **kinds)
 
 
 def select_backend(device: torch.device, fused: bool | None) -> Backend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, isfinite, lcm
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .arena import real_view
 from .history import History
 from .interrupts import Hold
 from .layout import Counter, Stop, Turn, Word, largest_norm
-from .reference.kronecker import FIRST_CALLS
+from .reference.kronecker import FIRST_CALLS, turns
 from .wolfe import DECREASE, NOISE, StrongWolfe, Trial
 
 #: Trials along one direction by Armijo's rule.
@@ -26,7 +26,7 @@ SHORTER, MAX_SHORTER = 0.1, 10
 
 def turns_of_factors(interval: int) -> int:
     """Calls after which every factor and basis has had all its turns; see :meth:`Search._call`."""
-    return interval if interval < FIRST_CALLS else lcm(2, interval)
+    return interval if interval < FIRST_CALLS else turns(interval)
 
 
 @dataclass

@@ -59,7 +59,7 @@ def check_memory(params: list[Tensor]) -> None:
     """Raise ``RuntimeError`` for elements of the parameters that share one place in memory."""
     in_storage: dict[int, list[int]] = {}
     for index, p in enumerate(params):
-        if _may_overlap([p]) and _overlap([p]):
+        if not _is_nested(p) and _overlap([p]):
             raise RuntimeError(
                 f"params: several elements of parameter {index}, of shape {tuple(p.shape)} and "
                 f"strides {p.stride()}, share one place in memory, so that no step can be written "
@@ -69,20 +69,12 @@ def check_memory(params: list[Tensor]) -> None:
             in_storage.setdefault(p.untyped_storage()._cdata, []).append(index)
     for indices in in_storage.values():
         together = [params[index] for index in indices]
-        if _may_overlap(together) and _overlap(together):
+        if _spans_meet(together) and _overlap(together):
             raise RuntimeError(
                 f"params: elements of parameters {', '.join(map(str, indices))} share places in "
                 "memory, so that no step can be written to them; give the optimizer the tensor "
                 "that they are views of, or clone() them"
             )
-
-
-def _may_overlap(params: list[Tensor]) -> bool:
-    """Whether elements may share places, as far as a look at the layouts of one storage tells."""
-    if len(params) == 1:
-        return not _is_nested(params[0])
-    spans = sorted(map(_span, params))
-    return any(start < end for (_, end), (start, _) in pairwise(spans))
 
 
 def _is_nested(p: Tensor) -> bool:
@@ -93,6 +85,12 @@ def _is_nested(p: Tensor) -> bool:
             return False
         reach += (n - 1) * stride
     return True
+
+
+def _spans_meet(params: list[Tensor]) -> bool:
+    """Whether parameters of one storage may share places, as far as their first and last tell."""
+    spans = sorted(map(_span, params))
+    return any(start < end for (_, end), (start, _) in pairwise(spans))
 
 
 def _span(p: Tensor) -> tuple[int, int]:

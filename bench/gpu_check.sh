@@ -98,14 +98,15 @@ fi
 export PYTHONPATH=$PWD python dry output slug capability
 export -f build tests benchmark sanitize
 
+# Tests of whole optimizers, by their names.
+whole="option or captured or capture or launches or contiguous or never_wait or same_way"
+
 attempt "build" 240 build
 if [ ${#failed[@]} -gt 0 ]; then exit 1; fi
-attempt "tests of whole optimizers" 90 tests tests/test_cuda.py \
-    -k "option or captured or capture or launches or contiguous or never_wait or same_way"
+attempt "tests of whole optimizers" 90 tests tests/test_cuda.py -k "$whole"
 attempt "benchmark of the default" 100 benchmark default \
     --optimizers "default|blocks of 64|Adam fused" --cases "1e[57]|LSTM|tensors"
-attempt "all other tests" 240 tests tests/test_cuda.py tests/test_products.py \
-    -k "not (option or captured or capture or launches or contiguous or never_wait or same_way)"
+attempt "all other tests" 240 tests tests/test_cuda.py tests/test_products.py -k "not ($whole)"
 attempt "benchmark" 200 benchmark step
 for tool in memcheck racecheck synccheck initcheck; do
     attempt "compute-sanitizer $tool" 90 sanitize $tool

@@ -37,6 +37,8 @@ needs_library = pytest.mark.skipif(
 )
 #: Runs a test on the reference and, where there are any, on native kernels.
 both_backends = pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_library)])
+#: The same as values of ``fused``, of which ``None`` takes the best there is.
+BACKENDS = [False, pytest.param(None, marks=needs_library)]
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 

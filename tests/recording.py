@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adaqn_cuda import ops
 
 
+def memory_of(arguments: Any) -> Any:
+    """The same, whose tensors keep their shapes where ``squeeze_`` and its like change them."""
+    return tree_map_only(Tensor, Tensor.detach, arguments)
+
+
 class Recording(TorchDispatchMode):
-    """The operations of a ``with`` block, which runs them, too.
+    """The operations of a ``with`` block, which runs them, too, and the memory that they work on.
 
     A replay repeats them on the memory they had: numbers of the host are those of the recorded
     call.
@@ -29,19 +34,28 @@ class Recording(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        before = memory_of((args, kwargs))
         result = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, result))
+        if not leaves_memory(func):
+            self.calls.append((func, *before, memory_of(result)))
         return result
 
     @torch.no_grad()
     def replay(self) -> None:
+        """What operations return goes where it went when they were recorded."""
         for func, args, kwargs, result in self.calls:
-            if torch.Tag.inplace_view in getattr(func, "tags", ()):
-                continue  # the tensor has got its shape
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new.reshape(old.shape))
+                    old.copy_(new)
+
+
+def leaves_memory(func: Callable) -> bool:
+    """Whether an operation of torch's neither reads nor writes elements."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    is_view = func.is_view or torch.Tag.inplace_view in func.tags
+    return is_view or func.namespace == "profiler"
 
 
 class Recorded(SimpleNamespace):

@@ -9,21 +9,15 @@ from itertools import chain, repeat
 
 import pytest
 import torch
+from problems import BACKENDS, needs_library
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaqn_cuda import DETERMINISTIC, LBFGS, native, ops, reference
+from adaqn_cuda import DETERMINISTIC, LBFGS, ops, reference
 from adaqn_cuda.layout import Counter, Word
 from adaqn_cuda.search import Search
 
 F32, F64 = torch.float32, torch.float64
-BACKENDS = [
-    False,
-    pytest.param(
-        None,
-        marks=pytest.mark.skipif(native.obstacle("cpu") is not None, reason="no native library"),
-    ),
-]
 
 
 # ------------------------------------------------------------------ problems
@@ -608,7 +602,7 @@ def operations_of(line_search_fn, iterations, monkeypatch):
     return mode.names, reads, len(run.losses)
 
 
-@pytest.mark.skipif(native.obstacle("cpu") is not None, reason="no native library")
+@needs_library
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe", "armijo"])
 def test_operations_and_reads_of_an_iteration(line_search_fn, monkeypatch, device_decides):
     with monkeypatch.context() as patch:

@@ -7,20 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from problems import BACKENDS
+from recording import Recording
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from adaqn_cuda import DETERMINISTIC, LBFGS, lbfgs, native
+from adaqn_cuda import DETERMINISTIC, LBFGS, capture
 from adaqn_cuda.history import FIRST_ROWS
 
 BENCH = Path(__file__).parent.parent / "bench"
-BACKENDS = [
-    False,
-    pytest.param(
-        None,
-        marks=pytest.mark.skipif(native.obstacle("cpu") is not None, reason="no native library"),
-    ),
-]
 SETTINGS = {
     "armijo": dict(line_search_fn="armijo", history_size=8),
     "without pairs": dict(line_search_fn="armijo", history_size=0),
@@ -29,34 +23,8 @@ SETTINGS = {
 }
 
 
-def memory_of(arguments):
-    """The same, whose tensors keep their shapes where ``squeeze_`` and its like change them."""
-    return tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
-
-
-class Graph(TorchDispatchMode):
-    """What a CUDA graph holds: operations, and the tensors they read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        before = memory_of((args, kwargs))
-        outcome = function(*args, **kwargs)
-        is_view = function.is_view or torch.Tag.inplace_view in function.tags
-        if not is_view and function.namespace != "profiler":
-            self.calls.append((function, *before, memory_of(outcome)))
-        return outcome
-
-    def replay(self):
-        """What they return goes where it went when they were recorded."""
-        for function, args, kwargs, outcome in self.calls:
-            again = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(outcome), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+class Graph(Recording):
+    """What a CUDA graph holds."""
 
     def written(self):
         """Names and arguments; of tensors, where they lie, or which operation has made them.
@@ -116,7 +84,7 @@ def captured(monkeypatch):
 
     def record(run):
         with monkeypatch.context() as patch:
-            patch.setattr(lbfgs, "_is_capturing", lambda device: True)
+            patch.setattr(capture, "is_captured", lambda device: True)
             return run.record()
 
     return record
@@ -178,7 +146,7 @@ def test_memory_that_a_graph_would_allocate_is_refused(captured, monkeypatch):
         with pytest.raises(RuntimeError, match=r"history_size: the memory of 100 pairs .*reserve"):
             captured(run)
         run.step()
-    monkeypatch.setattr(lbfgs, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(capture, "is_captured", lambda device: True)
     with pytest.raises(RuntimeError, match="reserve: .* before the capture"):
         run.optimizer.reserve()
     monkeypatch.undo()

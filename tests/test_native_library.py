@@ -261,20 +261,13 @@ def test_an_optimizer_loads_its_kernels_when_it_gets_its_state(monkeypatch):
 
 
 @needs_library
-def test_loading_tells_what_is_wrong():
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("adaqn_cuda_load", (0, 0, 0, 0, 0, 1, 1)), ("adaqn_cuda_probe", (0,))]
+)
+def test_loading_and_the_probe_tell_what_is_wrong(name, arguments):
     path = native.library_path()
     if not native.read_record(path).images or torch.cuda.is_available():
         pytest.skip("there are no CUDA kernels, or they can run")
-    load = ctypes.CDLL(str(path)).adaqn_cuda_load
-    load.restype = ctypes.c_char_p
-    assert b"CUDA" in load(0, 0, 0, 0, 0, 1, 1)
-
-
-@needs_library
-def test_the_probe_tells_what_is_wrong():
-    path = native.library_path()
-    if not native.read_record(path).images or torch.cuda.is_available():
-        pytest.skip("there are no CUDA kernels, or they can run")
-    probe = ctypes.CDLL(str(path)).adaqn_cuda_probe
-    probe.restype = ctypes.c_char_p
-    assert b"CUDA" in probe(0)
+    function = getattr(ctypes.CDLL(str(path)), name)
+    function.restype = ctypes.c_char_p
+    assert b"CUDA" in function(*arguments)

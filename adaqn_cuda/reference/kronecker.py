@@ -43,6 +43,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import lcm
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ CHUNK = 2**24
 def takes_in(call: int, factor: int) -> bool:
     """Whether a factor takes in the gradient of a call, both counted as in :class:`Strip`."""
     return call <= FIRST_CALLS or (call + factor) % 2 == 0
+
+
+def turns(interval: int) -> int:
+    """Calls after which every factor and basis has had its turn, from the first ones on."""
+    return lcm(2, interval)
 
 
 def iterations(call: int, factor: int, interval: int) -> int:

@@ -17,6 +17,8 @@ namespace adaqn::cuda {
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
 
+inline int bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
 /// Pairs of a step whose passes keep a sum for each; other operations take any number.
 constexpr int kMaxHistory = 64;
 

@@ -60,8 +60,6 @@ cudaError_t with_types(Type vectors, Type rows, Function function) {
   return cudaErrorInvalidValue;
 }
 
-inline int bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 // ------------------------------------------------------------------ launches
 
 struct Shape {

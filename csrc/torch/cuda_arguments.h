@@ -268,8 +268,8 @@ inline StateBuilder state_like(const Tensor& tensor, const Name& name, const Pla
 class Copies {
  public:
   /// Where the elements of `tensor` will be in their order, once they are gathered.
-  void* of(const Tensor& tensor) {
-    cuda::Strided strided{tensor.mutable_data_ptr(), nullptr, bytes_of(tensor), 0, {}, {}};
+  void* of(const Tensor& tensor, Type type) {
+    cuda::Strided strided{tensor.mutable_data_ptr(), nullptr, cuda::bytes_of(type), 0, {}, {}};
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     if (strided.set_shape(sizes.size(), sizes.data(), strides.data())) {
       dense_.push_back(torch::stable::new_empty(tensor, sizes));
@@ -290,17 +290,6 @@ class Copies {
   }
 
  private:
-  static int bytes_of(const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Double:
-        return 8;
-      case ScalarType::Float:
-        return 4;
-      default:
-        return 2;
-    }
-  }
-
   void copy(bool to_dense, cudaStream_t stream) const {
     const auto count = static_cast<int64_t>(strided_.size());
     check_cuda(cuda::copy_strided(strided_.data(), count, to_dense, stream), "strides");
@@ -329,7 +318,7 @@ class List {
       place.check(params[i], name);
       const Type type = type_of(params[i], name);
       const bool copied = use == Use::elements && !params[i].is_contiguous();
-      void* param = copied ? params_.of(params[i]) : params[i].mutable_data_ptr();
+      void* param = copied ? params_.of(params[i], type) : params[i].mutable_data_ptr();
       rows_.push_back({param, nullptr, params[i].numel(), 0, type, type});
       numel_ += params[i].numel();
       if (grads && (*grads)[i]) set_grad(i, *(*grads)[i], place);
@@ -367,7 +356,7 @@ class List {
       fail(name, "expected ", rows_[i].numel, " elements, got ", grad.numel());
     }
     rows_[i].grad_type = type_of(grad, name);
-    rows_[i].grad = grad.is_contiguous() ? grad.data_ptr() : grads_.of(grad);
+    rows_[i].grad = grad.is_contiguous() ? grad.data_ptr() : grads_.of(grad, rows_[i].grad_type);
   }
 
   void set_groups(const std::vector<int64_t>& sizes) {
