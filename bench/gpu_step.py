@@ -34,10 +34,9 @@ from pathlib import Path
 import torch
 
 from adaqn_cuda import LBFGS, PAPER, AdaQN, __version__
-from adaqn_cuda.capture import period
 from adaqn_cuda.demo.models import RecurrentLM, loss_of
 from adaqn_cuda.layout import Counter
-from adaqn_cuda.reference.kronecker import FIRST_CALLS
+from adaqn_cuda.reference import kronecker
 
 FISHER_SIZE, INTERVAL = 32, 10
 RESULTS = Path(__file__).parent / "results"
@@ -385,8 +384,11 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         params = self.parameters(shapes)
         optimizer, closure = contender.make(params), contender.closure_for(params)
-        turns = turns_of(optimizer) if "period" in contender.kinds else 1
-        for _ in range(contender.warm_up + (FIRST_CALLS if turns > 1 else 0)):
+        turns, warm_up = 1, contender.warm_up
+        if "period" in contender.kinds:
+            turns = kronecker.turns(optimizer.param_groups[0]["factor_interval"])
+            warm_up += kronecker.FIRST_CALLS
+        for _ in range(warm_up):
             optimizer.step(closure)
         contender.prepare(optimizer)
         device_us, wall_us = {}, {}
@@ -475,12 +477,6 @@ class Bench:
                 except torch.cuda.OutOfMemoryError:
                     self.skipped.append(f"{label}: does not fit into the device's memory")
         progress(total, total, "done")
-
-
-def turns_of(optimizer: AdaQN) -> int:
-    """Steps after which the schedule of factors repeats itself."""
-    common = {**optimizer.param_groups[0], "history_size": 0}
-    return period(common, factored=True)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

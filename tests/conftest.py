@@ -47,3 +47,15 @@ def device_decides(monkeypatch):
         self.reads = False
 
     monkeypatch.setattr(Search, "__post_init__", begin_as_on_a_gpu)
+
+
+@pytest.fixture
+def launched_late():
+    """A function that counts emulated launches of kernels which were not loaded, from now on."""
+    from emulated import build
+
+    module = build()
+    module.unload()
+    before = module.unloaded_launches()
+    yield lambda: module.unloaded_launches() - before
+    module.unload()

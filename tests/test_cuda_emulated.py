@@ -316,16 +316,6 @@ def test_shared_memory_is_granted_once():
     assert build().grants() == before
 
 
-@pytest.fixture
-def launched_late():
-    """A function that counts launches of kernels which were not loaded, from now on."""
-    module = build()
-    module.unload()
-    before = module.unloaded_launches()
-    yield lambda: module.unloaded_launches() - before
-    module.unload()
-
-
 #: Devices, and numbers of tensors, that between them need every instance of a kernel.
 ROOMY, CROWDED = EmulatedOps(), EmulatedOps(multiprocessors=4, blocks=1)
 SIZES = ((8192,), (3,) * 70)

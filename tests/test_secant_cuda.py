@@ -122,17 +122,13 @@ def test_launches():
 
 
 @pytest.mark.parametrize(("dtype", "pair_dtype"), [(F32, F32), (F32, BF16), (F64, F64)])
-def test_loading_covers_a_search(dtype, pair_dtype):
-    module = build()
-    module.unload()
-    module.load_search(TYPES[dtype], TYPES[pair_dtype], False)
-    before = module.unloaded_launches()
+def test_loading_covers_a_search(launched_late, dtype, pair_dtype):
+    build().load_search(TYPES[dtype], TYPES[pair_dtype], False)
     for numels in ((4097,), (3,) * 70):
         case = Search(numels=numels, dtypes=(dtype,), pair_dtype=pair_dtype)
         for operation in OPERATIONS:
             run(DEVICES["forward"], operation, SearchProblem(case))
-    assert module.unloaded_launches() == before
-    module.unload()
+    assert launched_late() == 0
 
 
 # ------------------------------------------------------------------ the optimizer
