@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, ops
-from .arena import Arena, Buffers, Sizes, held, real_view
+from .arena import Arena, Buffers, Sizes, held, own_part, real_view
 from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
 from .compiled import register
 from .curvature import Product
@@ -32,8 +32,9 @@ from .options import (
 from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
-from .sharding import check_not_divided, check_whole
-from .step import Call, Hooks, Monitor, Settings, is_hookless
+from .sharded import call_of
+from .sharding import Shards, check_flat, check_not_divided, local
+from .step import Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 
 
@@ -329,7 +330,8 @@ class AdaQN(Optimizer):
             group = self.param_groups[-1]
             _drop_duplicates(group)
             check_dtypes(group["params"])
-            check_whole(group["params"])
+            check_flat(group["params"])
+            self._shards()
             given = group.get("blocks", {})
             check_blocks(given, group["params"])
             group["blocks"] = [as_blocks(given.get(p, 1)) for p in group["params"]]
@@ -357,16 +359,28 @@ class AdaQN(Optimizer):
         common = common_options(groups)
         if common["init"] != "kronecker":
             return None
-        shapes = [real_view(p.detach()).shape for p in self._parameters()]
+        shapes = [_real_shape(p) for p in self._parameters()]
         blocks = [n for group in groups for n in group["blocks"]]
         sizes = [
             group["block_size"] if group["init"] == "kronecker" else None
             for group in groups
             for _ in group["blocks"]
         ]
-        cuts = [Cut(heights(*own), size) for *own, size in zip(shapes, blocks, sizes, strict=True)]
+        shards = self._shards()
+        cuts = [
+            Cut(_rows(shape, 1 if size is None else own, shards), size)
+            for shape, own, size in zip(shapes, blocks, sizes, strict=True)
+        ]
         plan = Plan(shapes, cuts, common["max_vector_dim"])
+        if shards is not None:
+            ranks = range(shards.count)
+            parts = [[shards.elements(shape, rank) for shape in shapes] for rank in ranks]
+            plan = plan.part(parts, shards.rank)
         return plan if plan.factors else None
+
+    def _shards(self) -> Shards | None:
+        """How the parameters are divided among processes, if they are."""
+        return Shards.of(self._parameters())
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -385,14 +399,15 @@ class AdaQN(Optimizer):
 
         With ``momentum``, there is room for it even where it is zero now.
         """
-        params = self._parameters()
+        params, shards = self._parameters(), self._shards()
         check_device(params)
-        check_memory(params)
+        check_memory([local(p) for p in params])
         with torch.inference_mode(False):  # the state outlives the mode
             blocks = [n for group in groups for n in group["blocks"]]
             check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n != 1}, params)
             plan = self._plan(groups)
-            return Arena(params, Sizes.of(params, common_options(groups), plan, momentum), plan)
+            sizes = Sizes.of(params, common_options(groups), plan, momentum, shards is not None)
+            return Arena(params, sizes, plan, shards)
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
@@ -528,7 +543,7 @@ class AdaQN(Optimizer):
             return loss
         self._init_group()
         arena = held(self._arena)
-        params = [real_view(p) for p in arena.params]
+        params = [real_view(local(p)) for p in arena.params]
         if not torch.compiler.is_compiling():
             self._advance(params, grads, arena)
         elif is_hookless(self._hooks, self._common()):
@@ -546,7 +561,19 @@ class AdaQN(Optimizer):
         self._reconcile()
         if self._arena is None:
             capture.check_uncaptured(self._parameters()[0].device)
+            self._check_alike()
             self._bind(self._new_arena(self.param_groups), calls=0)
+
+    def _check_alike(self) -> None:
+        """Processes that have shards of different things would wait for each other."""
+        shards = self._shards()
+        if shards is None:
+            return
+        common = self._common()
+        shards.check_alike(
+            [f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in self._parameters()]
+            + [f"{name}={common[name]!r}" for name in COMMON]
+        )
 
     def _check_whole(self) -> None:
         if self._halfway:
@@ -577,7 +604,7 @@ class AdaQN(Optimizer):
         self._advance(params, grads, held(self._arena))
 
     def _gradients(self) -> list[Tensor | None]:
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        grads = [None if p.grad is None else local(p.grad) for p in self._parameters()]
         for index, g in enumerate(grads):
             if g is None:
                 continue
@@ -623,9 +650,10 @@ class AdaQN(Optimizer):
         before = [flag for group in self.param_groups for flag in group.get("standing", ())]
         anew = bool(before) and standing != before
         atomic = backend.name == "native"
-        call = Call(
-            backend.ops, owners, params, grads, state, settings, hooks, number, anew, atomic
-        )
+        call = call_of(
+            arena.shards, backend.ops, owners, params, grads, state, settings, hooks, number, anew,
+            atomic,
+        )  # fmt: skip
         by_torch = not atomic or call.has_pairs
 
         def finish() -> None:
@@ -688,7 +716,8 @@ class AdaQN(Optimizer):
         """What the state takes, allocated or not, and the factors in it."""
         self._match_blocks()
         plan = self._plan(self.param_groups)
-        return Sizes.of(self._parameters(), self._common(), plan), plan
+        spread = self._shards() is not None
+        return Sizes.of(self._parameters(), self._common(), plan, in_passes=spread), plan
 
     def __repr__(self) -> str:
         sizes, plan = self._foreseen()
@@ -708,7 +737,7 @@ class AdaQN(Optimizer):
             return "Factors: none\n" if self._common()["init"] == "kronecker" else ""
         counts = [0, 0, 0]
         for p, sides in zip(self._parameters(), plan.sides, strict=True):
-            counts[sides] += p.numel()
+            counts[sides] += own_part(p).numel()
         none, one, both = (f"{100 * n / max(sum(counts), 1):.1f} %" for n in counts)
         return f"Factors: on both sides of {both} of them, on one of {one}, on none of {none}\n"
 
@@ -819,6 +848,17 @@ def _renamed(max_factor_dim: Any) -> Any:
         stacklevel=3,
     )
     return max_factor_dim
+
+
+def _real_shape(p: Tensor) -> torch.Size:
+    """The shape of a parameter, in all processes together, as real numbers."""
+    return torch.Size((*p.shape, 2)) if p.is_complex() else p.shape
+
+
+def _rows(shape: torch.Size, blocks: Blocks, shards: Shards | None) -> tuple[int, ...]:
+    """Rows of the matrices that a parameter is made of; each lies in one shard."""
+    rows = heights(shape, blocks)
+    return rows if shards is None else shards.cut(rows)
 
 
 def _sorted(blocks: list[Blocks]) -> list[Blocks]:

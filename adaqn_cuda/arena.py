@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 from .plan import Plan
+from .sharding import Shards, local
 
 #: Buffers with one entry per scalar parameter; the rings have one row of them per slot.
 VECTORS = (
@@ -41,6 +42,11 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def own_part(param: Tensor) -> Tensor:
+    """What this process has of a parameter, real and detached."""
+    return real_view(local(param.detach()))
+
+
 def row_stride(columns: int, dtype: torch.dtype) -> int:
     """Elements from one row of a ring to the next."""
     step = ROW_BYTES // dtype.itemsize
@@ -66,6 +72,7 @@ class Sizes:
         factors: numbers in Kronecker factors; ``None`` for another initial matrix.
         momentum: whether there is momentum.
         gradients: whether gradients are averaged as iterates are.
+        in_passes: whether steps are made of passes, pairs or not.
         history_dtype: dtype of the pairs.
         fisher_dtype: dtype of the gradients.
     """
@@ -78,6 +85,7 @@ class Sizes:
     factors: int | None
     momentum: bool
     gradients: bool
+    in_passes: bool
     history_dtype: torch.dtype
     fisher_dtype: torch.dtype
 
@@ -88,12 +96,13 @@ class Sizes:
         options: Mapping[str, Any],
         plan: Plan | None,
         momentum: bool = False,
+        in_passes: bool = False,
     ) -> Sizes:
         """Sizes for ``params``, the optimizer's common ``options``, and the plan of factors.
 
         With ``momentum``, there is room for it even where the options say that it is zero now.
         """
-        real = [real_view(p.detach()) for p in params]
+        real = [own_part(p) for p in params]
         dtype = state_dtype(real)
         of_gradients = options["curvature"] == "fisher"
         return cls(
@@ -105,6 +114,7 @@ class Sizes:
             factors=None if plan is None else plan.factors,
             momentum=momentum or options["momentum"] > 0,
             gradients=options["curvature"] == "gradients" and options["history_size"] > 0,
+            in_passes=in_passes or options["history_size"] > 0,
             history_dtype=options["history_dtype"] or dtype,
             fisher_dtype=(options["fisher_dtype"] if of_gradients else None) or dtype,
         )
@@ -119,7 +129,7 @@ class Sizes:
             "anchor": pairs,
             "gradient_sum": self.gradients,
             "anchor_gradient": self.gradients,
-            "direction": pairs,
+            "direction": self.in_passes,
         }
         return [name for name, present in wanted.items() if present]
 
@@ -210,8 +220,11 @@ class Arena(Buffers):
     ``calls`` is the number of counted calls of ``step()``, as a 0-d int64 tensor on the CPU.
     """
 
-    def __init__(self, params: list[Tensor], sizes: Sizes, plan: Plan | None) -> None:
+    def __init__(
+        self, params: list[Tensor], sizes: Sizes, plan: Plan | None, shards: Shards | None = None
+    ) -> None:
         self.sizes = sizes
+        self.shards = shards
         self.plan = plan
         self.params = params
         self.device = params[0].device
@@ -236,6 +249,7 @@ class Arena(Buffers):
     def views(self) -> list[dict[str, Tensor]]:
         """Per parameter, its part of every persistent buffer, shaped like the parameter.
 
+        Where this process has but a part of the parameters, these are DTensors, divided likewise.
         Rings have a leading dimension over the slots, complex parameters a trailing one of size 2.
         Kronecker factors and their bases are one square after the other, in a row.  The shared
         words are the same tensors for all parameters.
@@ -243,11 +257,12 @@ class Arena(Buffers):
         shared = {name: getattr(self, name) for name in SHARED if getattr(self, name) is not None}
         entries, start = self._factors_of_each(), 0
         for entry, p in zip(entries, self.params, strict=True):
-            shape = real_view(p.detach()).shape
+            shape = own_part(p).shape
             end = start + shape.numel()
             for name in self._kinds():
                 buffer = getattr(self, name)
-                entry[name] = buffer[..., start:end].view((*buffer.shape[:-1], *shape))
+                part = buffer[..., start:end].view((*buffer.shape[:-1], *shape))
+                entry[name] = self._whole(part, p.shape[0] if p.dim() else 1, buffer.dim() - 1)
             entry.update(shared)
             start = end
         return entries
@@ -257,9 +272,19 @@ class Arena(Buffers):
         if self.plan is None:
             return [{} for _ in self.params]
         return [
-            {} if span.start == span.stop else {k: getattr(self, k)[span] for k in FACTORED}
+            {}
+            if span.start == span.stop
+            else {k: self._whole_factors(getattr(self, k)[span]) for k in FACTORED}
             for span in self.plan.spans
         ]
+
+    def _whole_factors(self, part: Tensor) -> Tensor:
+        """Those of all shards, one shard after the other."""
+        return part if self.shards is None else self._whole(part, len(part) * self.shards.count, 0)
+
+    def _whole(self, part: Tensor, rows: int, dim: int) -> Tensor:
+        """The tensor of which this process has ``part``; see :meth:`Shards.whole`."""
+        return part if self.shards is None else self.shards.whole(part, rows, dim)
 
     def _kinds(self) -> list[str]:
         """Buffers that have a part for each parameter, and any rows at all."""
@@ -281,12 +306,12 @@ class Arena(Buffers):
         if self.momentum is not None and not any("momentum" in entry for entry in entries):
             self.moments.zero_()
         for p, mine, theirs in zip(self.params, own, entries, strict=True):
-            end = start + real_view(p.detach()).numel()
+            end = start + own_part(p).numel()
             for name in mine.keys() - set(SHARED) if theirs else ():
                 if name in theirs:
-                    mine[name].copy_(theirs[name])
+                    local(mine[name]).copy_(local(theirs[name]))
             if not theirs and self.anchor is not None:
-                w = real_view(p.detach()).reshape(-1).to(self.sizes.dtype)
+                w = own_part(p).reshape(-1).to(self.sizes.dtype)
                 self.anchor[start:end] = w
                 held(self.iterate_sum)[start:end] = w * self.counters[Counter.ITERATES]
             start = end

@@ -92,10 +92,10 @@ def _check_parameter(parameter: Tensor, given: Any, known: set[int]) -> None:
             f"blocks: got {given} for a parameter of shape {shape} that is not among the "
             "optimizer's; pass that parameter to the optimizer too, or leave it out of blocks"
         )
-    if parameter.dim() < 2:
+    if parameter.dim() < 1:
         raise ValueError(
-            f"blocks: got {given} for a parameter of shape {shape}, which has no rows to cut; only "
-            "parameters of at least 2 dimensions have, leave the others out"
+            f"blocks: got {given} for a parameter without dimensions, which has no rows to cut; "
+            "leave it out"
         )
     if isinstance(given, Integral):
         if shape[0] % given:

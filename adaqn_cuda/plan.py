@@ -10,6 +10,7 @@ factors of the whole matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
@@ -32,6 +33,8 @@ class Column(IntEnum):
     """Where its right factors begin; -1 without."""
     PARAM = 7
     """Index of its parameter."""
+    TURN = 8
+    """Number of its first factor among all, by which factors take turns."""
 
 
 def pieces(side: int, count: int) -> list[int]:
@@ -61,6 +64,55 @@ class Cut:
         return self.longest > 1
 
 
+def _matrices_of(shape: torch.Size, cut: Cut) -> Iterator[tuple[int, int]]:
+    """Height and width of the matrices of a parameter; none if it is empty."""
+    if shape.numel() == 0:
+        return
+    width = prod(shape[1:])
+    for height in cut.heights:
+        yield height, width
+
+
+def _pieces_of(height: int, width: int, cut: Cut, max_vector_dim: int) -> list[int]:
+    """What a row of the table says of a matrix, from ``ROWS`` on; 0 in place of an offset."""
+    longest = _longest(height, width, cut, max_vector_dim)
+    if longest == 1:
+        return [height * width, 1, 1, 1, -1, -1]
+    counts = [-(-side // longest) for side in (height, width)]
+    # A side of one element has no factors.
+    return [height, width, *counts, *(0 if side > 1 else -1 for side in (height, width))]
+
+
+def _longest(height: int, width: int, cut: Cut, max_vector_dim: int) -> int:
+    """The longest piece of a side; 1 for no factors."""
+    if not cut.has_factors:
+        return 1
+    if height > 1 and width > 1:
+        return cut.longest
+    length = height * width
+    return length if length <= min(max_vector_dim, cut.longest) else 1
+
+
+def _factored_sides(row: Sequence[int]) -> list[int]:
+    """Which sides of a matrix have factors: 0 for the rows, 1 for the columns."""
+    return [side for side in (0, 1) if row[Column.LEFT + side] >= 0]
+
+
+def _factors_in(row: Sequence[int]) -> int:
+    return sum(row[Column.ROW_PIECES + side] for side in _factored_sides(row))
+
+
+def _squares_on(row: Sequence[int], side: int) -> int:
+    """Numbers in the factors of a side."""
+    lengths = pieces(row[Column.ROWS + side], row[Column.ROW_PIECES + side])
+    return sum(length**2 for length in lengths)
+
+
+def _squares_in(row: Sequence[int]) -> int:
+    """Numbers in the factors of a matrix."""
+    return sum(_squares_on(row, side) for side in _factored_sides(row))
+
+
 class Plan:
     """The matrices of all parameters, in the order of the flat vectors.
 
@@ -71,7 +123,7 @@ class Plan:
             row or column is a vector.
 
     Attributes:
-        table: (matrices, 8), int64, on the CPU; see :class:`Column`.  Empty parameters have no row.
+        table: (matrices, 9), int64, on the CPU; see :class:`Column`.  Empty parameters have no row.
         factors: numbers in all factors.
         spans: for every parameter, where its factors lie among those numbers.
         sides: for every parameter, how many of its sides have factors, in any of its matrices.
@@ -80,56 +132,64 @@ class Plan:
     def __init__(
         self, shapes: Sequence[torch.Size], cuts: Sequence[Cut], max_vector_dim: int
     ) -> None:
-        self._longest_vector = max_vector_dim
-        self._rows: list[list[int]] = []
-        self.factors = 0
+        self._matrices: list[list[list[int]]] = []
+        turn = 0
+        for index, (shape, cut) in enumerate(zip(shapes, cuts, strict=True)):
+            own = []
+            for height, width in _matrices_of(shape, cut):
+                own.append([0, *_pieces_of(height, width, cut, max_vector_dim), index, turn])
+                turn += _factors_in(own[-1])
+            self._matrices.append(own)
+        self._lay_out([0] * len(self._matrices))
+
+    def _lay_out(self, rooms: Sequence[int]) -> None:
+        """Give matrices and factors their places, parameter after parameter.
+
+        Args:
+            rooms: how many numbers there must be for the factors of each parameter, at least.
+        """
+        self.factors, start = 0, 0
         self.spans: list[slice] = []
         self.sides: list[int] = []
-        start = 0
-        for index, (shape, cut) in enumerate(zip(shapes, cuts, strict=True)):
+        for own, room in zip(self._matrices, rooms, strict=True):
             first = self.factors
-            self.sides.append(self._add(index, shape, cut, start))
+            for row in own:
+                row[Column.START] = start
+                start += row[Column.ROWS] * row[Column.COLUMNS]
+                for side in _factored_sides(row):
+                    row[Column.LEFT + side] = self.factors
+                    self.factors += _squares_on(row, side)
+            self.factors = max(self.factors, first + room)
             self.spans.append(slice(first, self.factors))
-            start += shape.numel()
+            self.sides.append(len({side for row in own for side in _factored_sides(row)}))
+        self._rows = [row for own in self._matrices for row in own]
         rows = torch.tensor(self._rows, dtype=torch.int64, device="cpu")
         self.table = rows.reshape(-1, len(Column))
 
-    def _add(self, index: int, shape: torch.Size, cut: Cut, start: int) -> int:
-        """Add the matrices of a parameter; how many of their sides have factors."""
-        if shape.numel() == 0:
-            return 0
-        width, first = prod(shape[1:]), len(self._rows)
-        for height in cut.heights if cut.has_factors else (shape.numel() // width,):
-            self._rows.append([start, *self._matrix(height, width, cut), index])
-            start += height * width
-        own = self._rows[first:]
-        return sum(any(row[place] >= 0 for row in own) for place in (Column.LEFT, Column.RIGHT))
+    def part(self, shards: Sequence[Sequence[range]], number: int) -> Plan:
+        """The plan of one of the shards that the parameters are divided into.
 
-    def _matrix(self, height: int, width: int, cut: Cut) -> list[int]:
-        """What the table says of a matrix, between its start and its parameter."""
-        longest = self._longest(height, width, cut)
-        if longest == 1:
-            return [height * width, 1, 1, 1, -1, -1]
-        counts = [-(-side // longest) for side in (height, width)]
-        places = map(self._reserve, (height, width), counts)
-        return [height, width, *counts, *places]
+        Factors have the turns that they have in the whole, and in all shards as much room for those
+        of a parameter as one of them needs.
 
-    def _longest(self, height: int, width: int, cut: Cut) -> int:
-        """The longest piece of a side; 1 for no factors."""
-        if not cut.has_factors:
-            return 1
-        if height > 1 and width > 1:
-            return cut.longest
-        length = height * width
-        return length if length <= min(self._longest_vector, cut.longest) else 1
+        Args:
+            shards: the elements of every parameter that each shard has, whole matrices.
+            number: of the shard.
+        """
+        divided = [self._within(ranges) for ranges in shards]
+        needs = [[sum(map(_squares_in, own)) for own in matrices] for matrices in divided]
+        plan = copy(self)
+        plan._matrices = divided[number]
+        plan._lay_out([max(of_param) for of_param in zip(*needs, strict=True)])
+        return plan
 
-    def _reserve(self, side: int, count: int) -> int:
-        """Room for the factors of a side's pieces; a side of one element has none."""
-        if side == 1:
-            return -1
-        first = self.factors
-        self.factors += sum(length**2 for length in pieces(side, count))
-        return first
+    def _within(self, ranges: Sequence[range]) -> list[list[list[int]]]:
+        """Copies of the matrices of every parameter that lie in its range of elements."""
+        found = []
+        for own, elements in zip(self._matrices, ranges, strict=True):
+            first = own[0][Column.START] if own else 0
+            found.append([list(row) for row in own if row[Column.START] - first in elements])
+        return found
 
     def squares(self) -> Iterator[tuple[int, int]]:
         """Where each factor begins, and its side."""

@@ -1,13 +1,18 @@
-"""Parameters of which a process holds but a part: what would be silently wrong is refused."""
+"""Parameters of which a process holds but a part: how they are divided, and what is refused."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Size, Tensor
 
-_REMEDY = "give the optimizer whole parameters, as with DistributedDataParallel"
+_WHOLE = "give the optimizer whole parameters, as with DistributedDataParallel"
+_BY_ROWS = "divide the rows of all parameters over one mesh dimension, as fully_shard(model) does"
 
 
 def _loaded(module: str, name: str) -> Any:
@@ -15,23 +20,162 @@ def _loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-def check_whole(params: list[Tensor]) -> None:
-    """Raise ``RuntimeError`` for a parameter that is a shard, or is made of several.
-
-    Matrices, norms and curvature pairs are those of whole parameters.
-    """
+def is_spread(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor, of which every process has a part."""
     dtensor = _loaded("torch.distributed.tensor", "DTensor")
-    for index, p in enumerate(params):
-        if dtensor is not None and isinstance(p, dtensor):
+    return dtensor is not None and isinstance(tensor, dtensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, without a graph if that is a part of it."""
+    if not is_spread(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+# --------------------------------------------------------------------------- shards by rows
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Parameters divided by rows, as :func:`torch.chunk` divides, over a dimension of a mesh.
+
+    Along the other dimensions they are replicated.
+
+    Args:
+        mesh: the processes.
+        dim: the dimension along which rows are divided.
+    """
+
+    mesh: Any
+    dim: int
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor]) -> Shards | None:
+        """How ``params`` are divided, all alike; ``None`` for whole ones.
+
+        Raises:
+            RuntimeError: they are divided otherwise than by rows, or not all in the same way.
+        """
+        found = [cls._of(index, p) if is_spread(p) else None for index, p in enumerate(params)]
+        for index, (p, shards) in enumerate(zip(params, found, strict=True)):
+            if shards != found[0]:
+                raise RuntimeError(
+                    f"params: parameter {index}, of shape {tuple(p.shape)}, is divided among the "
+                    f"processes otherwise than parameter 0; {_BY_ROWS}"
+                )
+        return found[0] if found else None
+
+    @classmethod
+    def _of(cls, index: int, p: Any) -> Shards:
+        from torch.distributed.tensor import Replicate, Shard
+
+        rows = [i for i, by in enumerate(p.placements) if type(by) is Shard and by.dim == 0]
+        whole = [i for i, by in enumerate(p.placements) if type(by) is Replicate]
+        if len(rows) != 1 or len(rows) + len(whole) != len(p.placements):
             raise RuntimeError(
-                f"params: parameter {index}, of shape {tuple(p.shape)}, is a DTensor (fully_shard, "
-                f"tensor parallelism), of which every process has a part; {_REMEDY}"
+                f"params: parameter {index}, of shape {tuple(p.shape)}, is a DTensor placed by "
+                f"{tuple(p.placements)}, not by Shard(0) along one dimension of the mesh and by "
+                f"Replicate() along the others; {_BY_ROWS}"
             )
+        return cls(p.device_mesh, rows[0])
+
+    # ------------------------------------------------------------------ who has what
+
+    @property
+    def count(self) -> int:
+        return int(self.mesh.size(self.dim))
+
+    @property
+    def rank(self) -> int:
+        """Which shard this process has."""
+        return int(self.mesh.get_local_rank(self.dim))
+
+    def rows(self, rows: int, rank: int) -> range:
+        """Of so many rows, those in a shard."""
+        most = -(-rows // self.count)
+        return range(min(rank * most, rows), min((rank + 1) * most, rows))
+
+    def elements(self, shape: Size, rank: int) -> range:
+        """Of the elements of a parameter, in C order, those in a shard."""
+        rows, width = self.rows(shape[0], rank), shape[1:].numel()
+        return range(rows.start * width, rows.stop * width)
+
+    def cut(self, heights: Sequence[int]) -> tuple[int, ...]:
+        """Row blocks, cut where a shard ends, so that each lies in one."""
+        ends = {self.rows(sum(heights), rank).stop for rank in range(self.count)}
+        edges = sorted({0, *accumulate(heights), *ends})
+        return tuple(end - start for start, end in pairwise(edges))
+
+    def whole(self, part: Tensor, rows: int, dim: int) -> Tensor:
+        """The DTensor of which ``part`` is what this process has.
+
+        Args:
+            part: shares its memory with the DTensor.
+            rows: of the whole, along ``dim``.
+            dim: the dimension that is divided.
+        """
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        placements: list[Any] = [Replicate()] * self.mesh.ndim
+        placements[self.dim] = Shard(dim)
+        shape = Size((*part.shape[:dim], rows, *part.shape[dim + 1 :]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            part, self.mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+    # ------------------------------------------------------------------ what they tell each other
+
+    def total(self, words: Tensor) -> Tensor:
+        """``words`` summed over the shards, in place: one collective."""
+        torch.distributed.all_reduce(words, group=self.mesh.get_group(self.dim))
+        return words
+
+    def mean(self, number: Tensor) -> Tensor:
+        """The mean of a number over all processes, replicas among them, in place."""
+        for dim in range(self.mesh.ndim):
+            torch.distributed.all_reduce(number, group=self.mesh.get_group(dim))
+        return number.div_(self.mesh.size())
+
+    def check_alike(self, facts: list[str]) -> None:
+        """Raise ``RuntimeError`` in all processes unless ``facts`` are the same in all."""
+        theirs: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(theirs, facts, group=self.mesh.get_group(self.dim))
+        for rank, found in enumerate(theirs):
+            for own, first in zip_longest(found, theirs[0], fillvalue="nothing more"):
+                if own != first:
+                    raise RuntimeError(
+                        f"shard 0 has {first}, and shard {rank} {own}; make the same model and "
+                        "optimizer in all processes"
+                    )
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def check_flat(params: list[Tensor]) -> None:
+    """Raise ``RuntimeError`` for a part of one of FullyShardedDataParallel's flat parameters."""
+    for index, p in enumerate(params):
         if getattr(p, "_fsdp_flattened", False):
             raise RuntimeError(
                 f"params: parameter {index}, of shape {tuple(p.shape)}, is a part of a flat "
                 "parameter of FullyShardedDataParallel, with neither its rows and columns nor all "
-                f"of its elements; {_REMEDY}"
+                "of its elements; use torch.distributed.fsdp.fully_shard, or give the optimizer "
+                "whole parameters, as with DistributedDataParallel"
+            )
+
+
+def check_whole(params: list[Tensor]) -> None:
+    """Raise ``RuntimeError`` for a parameter of which this process has but a part."""
+    check_flat(params)
+    for index, p in enumerate(params):
+        if is_spread(p):
+            raise RuntimeError(
+                f"params: parameter {index}, of shape {tuple(p.shape)}, is a DTensor (fully_shard, "
+                f"tensor parallelism), of which every process has a part; {_WHOLE}"
             )
 
 

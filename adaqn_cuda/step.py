@@ -143,9 +143,7 @@ class Call:
         """Step, update the pairs if it is time, then ``finish``."""
         moments = before = self.a.moments
         if self._some_moments_stand():
-            moments = reference.moving_moments(
-                self.params, self.grads, self.a.s_ring, held(self.a.momentum), before
-            )
+            moments = self._moving_moments()
             before = moments.clone()
         loss, y = self._move(hold, moments)
         self.halfway = True
@@ -160,6 +158,13 @@ class Call:
         """Whether s_i.m has a part that this step must not change."""
         standing = any(g is None for g in self.grads)
         return standing and self.has_pairs and self.a.momentum is not None
+
+    def _moving_moments(self) -> Tensor:
+        """s_i.m over the parameters that have a gradient."""
+        a = self.a
+        return a.moments - reference.standing_moments(
+            self.params, self.grads, a.s_ring, held(a.momentum)
+        )
 
     # ------------------------------------------------------------------ the step
 
@@ -226,10 +231,7 @@ class Call:
         op, a, settings = self.op, self.a, self.settings
         params, grads = self.params, self.grads
         maximize, limit, beta = self._gradient_options()
-        op.direction_pass1(
-            params, grads, a.s_ring, a.counters, self.grad_scale, settings.found_inf, maximize,
-            limit, beta, moments, a.projections,
-        )  # fmt: skip
+        self._measure(moments)
         if self.kronecker:
             self.grad_scale = reference.shorten_outlier(
                 held(a.square), self.common["decay"], self.common["bias_correction"], beta, limit,
@@ -248,12 +250,25 @@ class Call:
             sum_gradients(params, grads, self.grad_scale, maximize, a)
         if self.kronecker:
             self._precondition()
-        op.direction_pass3(
-            params, grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta,
-            self._cap(), *settings.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
+        self._descend(moments)
+        return loss, y
+
+    def _measure(self, moments: Tensor) -> None:
+        """Pass 1: what the gradient is like, and u = S q."""
+        a, (maximize, limit, beta) = self.a, self._gradient_options()
+        self.op.direction_pass1(
+            self.params, self.grads, a.s_ring, a.counters, self.grad_scale,
+            self.settings.found_inf, maximize, limit, beta, moments, a.projections,
+        )  # fmt: skip
+
+    def _descend(self, moments: Tensor) -> None:
+        """Pass 3: p = r + S^T c, and the parameters go along it."""
+        a, beta = self.a, self.common["momentum"]
+        self.op.direction_pass3(
+            self.params, self.grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta,
+            self._cap(), *self.settings.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
             a.counters,
         )  # fmt: skip
-        return loss, y
 
     # ------------------------------------------------------------------ the Kronecker matrix
 
@@ -267,7 +282,7 @@ class Call:
         )  # fmt: skip
         self._apply(held(a.direction), pending=1)
         op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
-        if self.common["max_direction"] < inf:
+        if self._cap() < inf:
             q = self._look_ahead()
             self._apply(q, pending=1)
             a.images[-1] = q.double().square().sum()
@@ -343,14 +358,8 @@ class Call:
             accepted = reference.step_is_accepted(a.projections, a.counters)
             a.fisher[0].copy_(torch.where(accepted, y.to(a.fisher.dtype), a.fisher[0]))
         image = self._initial_product() if common["damping"] > 0 else None
-        op.curvature_pass_a(
-            a.fisher, a.iterate_sum, a.anchor, a.counters, y is not None, common["damping"], image,
-            a.weights,
-        )  # fmt: skip
-        op.curvature_pass_b(
-            a.fisher, a.iterate_sum, a.anchor, a.counters, a.projections, a.weights, image,
-            a.momentum, a.s_ring, a.y_ring, a.column,
-        )  # fmt: skip
+        self._weigh(y is not None, image)
+        self._make_pair(image)
         standing = self._standing_if_reset(loss)
         op.curvature_commit(
             self.params, a.column, a.projections, loss, common["min_curvature"],
@@ -361,6 +370,21 @@ class Call:
             p.copy_(w)
         if of_interval is not None:
             move_anchor_gradient(a, *of_interval)
+
+    def _weigh(self, explicit: bool, image: Tensor | None) -> None:
+        """Pass A: weights of the gradients, and of B0 s, in y."""
+        a, damping = self.a, self.common["damping"]
+        self.op.curvature_pass_a(
+            a.fisher, a.iterate_sum, a.anchor, a.counters, explicit, damping, image, a.weights
+        )
+
+    def _make_pair(self, image: Tensor | None) -> None:
+        """Pass B: s and y, and their products with what is stored."""
+        a = self.a
+        self.op.curvature_pass_b(
+            a.fisher, a.iterate_sum, a.anchor, a.counters, a.projections, a.weights, image,
+            a.momentum, a.s_ring, a.y_ring, a.column,
+        )  # fmt: skip
 
     def _standing_if_reset(self, loss: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Parameters that a reset, which moves all, must leave alone, and where they are."""

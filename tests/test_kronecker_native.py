@@ -457,12 +457,12 @@ def given(**changes):
 
 
 TABLES = {
-    "table: expected a matrix": given(table=torch.zeros(8, dtype=torch.int64)),
-    "table: expected shape (2, 8), got (2, 7)": given(table=torch.zeros(2, 7, dtype=torch.int64)),
-    "table: expected dtype int64": given(table=torch.zeros(2, 8)),
-    "table: expected a contiguous": given(table=torch.zeros(8, 2, dtype=torch.int64).T),
+    "table: expected a matrix": given(table=torch.zeros(9, dtype=torch.int64)),
+    "table: expected shape (2, 9), got (2, 8)": given(table=torch.zeros(2, 8, dtype=torch.int64)),
+    "table: expected dtype int64": given(table=torch.zeros(2, 9)),
+    "table: expected a contiguous": given(table=torch.zeros(9, 2, dtype=torch.int64).T),
     "table: expected matrices of 125 elements, got 0": given(
-        table=torch.zeros(0, 8, dtype=torch.int64)
+        table=torch.zeros(0, 9, dtype=torch.int64)
     ),
     "table[0]: start: expected 0..0, got 1": broken(0, Column.START, 1),
     "table[1]: start: expected 120..120, got -1": broken(1, Column.START, -1),
@@ -473,11 +473,11 @@ TABLES = {
     "table[0]: row pieces: expected 1..12, got 0": broken(0, Column.ROW_PIECES, 0),
     "table[0]: row pieces: expected 1..12, got 13": broken(0, Column.ROW_PIECES, 13),
     "table[0]: column pieces: expected 1..10, got 11": broken(0, Column.COLUMN_PIECES, 11),
-    "table[0]: left: expected 0..0, got -2": broken(0, Column.LEFT, -2),
-    "table[0]: left: expected 0..0, got 1": broken(0, Column.LEFT, 1),
-    "table[0]: right: expected 72..72, got 0": broken(0, Column.RIGHT, 0),
-    "table[1]: left: expected 122..122, got 9223372036854775807": broken(1, Column.LEFT, 2**63 - 1),
-    "bases: expected shape (75), got (147)": broken(1, Column.LEFT, -1),
+    f"table[0]: left: expected 0..{2**60}, got -2": broken(0, Column.LEFT, -2),
+    f"table[0]: right: expected 72..{2**60}, got 0": broken(0, Column.RIGHT, 0),
+    f"table[1]: left: expected 122..{2**60}, got {2**63 - 1}": broken(1, Column.LEFT, 2**63 - 1),
+    "bases: expected shape (148), got (147)": broken(1, Column.LEFT, 123),
+    f"table[0]: turn: expected 0..{2**31 - 1}, got -1": broken(0, Column.TURN, -1),
 }
 BAD = {
     "call: expected at least 1, got 0": given(call=0),
@@ -486,7 +486,7 @@ BAD = {
     "table[1]: parameter: expected 1..1, got 2": broken(1, Column.PARAM, 2),
     "factors: expected shape (147)": given(factors=torch.zeros(146)),
     "factors: expected dtype float32": given(factors=torch.zeros(147, dtype=F64)),
-    "bases: expected shape (147)": given(bases=torch.zeros(148)),
+    "bases: expected shape (147)": given(bases=torch.zeros(146)),
     "square: expected shape (1)": given(square=torch.zeros(2, dtype=F64)),
     "square: expected dtype float64": given(square=torch.zeros(1)),
     "accumulator: expected shape (125)": given(accumulator=torch.zeros(124)),

@@ -67,12 +67,14 @@ from .averages import (
 )
 from .descent import diagonal_step
 from .direction import (
+    cap_factor,
+    count_moments,
     direction_images,
     direction_pass1,
     direction_pass2,
     direction_pass3,
     direction_step,
-    moving_moments,
+    standing_moments,
 )
 from .flat import flatten, gradient_vector, presence, write_back
 from .iterate import average, iterate_restore, iterate_swap
@@ -89,6 +91,7 @@ from .pairs import (
     damping_factor,
     displacement,
     initial_product,
+    weigh,
 )
 from .recursion import (
     backward_coefficients,
@@ -112,7 +115,9 @@ __all__ = [
     "average",
     "backward_coefficients",
     "bias_correction",
+    "cap_factor",
     "clip_factor",
+    "count_moments",
     "count_step",
     "curvature_commit",
     "curvature_pass_a",
@@ -136,7 +141,6 @@ __all__ = [
     "kronecker_apply",
     "kronecker_step",
     "look_ahead_from_new",
-    "moving_moments",
     "newest_slot",
     "old_and_new",
     "presence",
@@ -150,6 +154,8 @@ __all__ = [
     "secant_pair",
     "secant_residual",
     "shorten_outlier",
+    "standing_moments",
     "step_is_accepted",
+    "weigh",
     "write_back",
 ]

@@ -78,7 +78,7 @@ def direction_pass1(
     """u_i = s_i.q for every slot; count what is not finite and what is not zero in g; |g|^2.
 
     The vectors S and g are all that is read: s_i.q comes from s_i.g and s_i.m, which is kept;
-    where parameters stand still, ``moments`` are what :func:`moving_moments` leaves of them.
+    where parameters stand still, ``moments`` are without what :func:`standing_moments` are.
     """
     g = gradient_vector(params, grads, state_dtype(params), grad_scale, maximize)
     measure_gradient(g, found_inf, projections)
@@ -88,14 +88,10 @@ def direction_pass1(
     projections[:slots] = of_m * moments + of_g * finite_or_zero(s_g)
 
 
-def moving_moments(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    s_ring: Tensor,
-    momentum: Tensor,
-    moments: Tensor,
+def standing_moments(
+    params: list[Tensor], grads: list[Tensor | None], s_ring: Tensor, momentum: Tensor
 ) -> Tensor:
-    """s_i.m over the parameters that have a gradient, of s_i.m over all of them."""
+    """s_i.m over the parameters that have no gradient."""
     still = [
         s.to(m.dtype) @ m
         for g, s, m in zip(
@@ -104,7 +100,7 @@ def moving_moments(
         )
         if g is None
     ]  # fmt: skip
-    return moments - torch.stack(still).sum(0).double()
+    return torch.stack(still).sum(0).double()
 
 
 def direction_pass2(
@@ -197,7 +193,8 @@ def direction_pass3(
     p = direction + c.to(direction.dtype) @ s_ring.to(direction.dtype)
     p = torch.where(here, p, 0.0) if isinstance(here, Tensor) else p
     if max_direction < inf:
-        p = p * cap_factor(p, images, max_direction)
+        size = torch.linalg.vector_norm(p, dtype=torch.float64)
+        p = p * cap_factor(size, images, max_direction)
     w = flatten(params, direction.dtype)
     if iterate_sum is not None:
         iterate_sum.copy_(torch.where(accepted, iterate_sum + w, iterate_sum))
@@ -207,9 +204,8 @@ def direction_pass3(
     count_step(counters, projections, accepted, fisher_size)
 
 
-def cap_factor(p: Tensor, images: Tensor, max_direction: float) -> Tensor:
-    """min(1, max_direction |H0 q| / |p|)."""
-    size = torch.linalg.vector_norm(p, dtype=torch.float64)
+def cap_factor(size: Tensor, images: Tensor, max_direction: float) -> Tensor:
+    """min(1, max_direction |H0 q| / |p|), where ``size`` is |p|."""
     limit = max_direction * images[-1].sqrt()
     return torch.where(size > limit, limit / size, 1.0)
 

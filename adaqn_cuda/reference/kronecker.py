@@ -30,7 +30,7 @@ does not depend on the signs of the columns of Q, nor on their order as long as 
 ===============  ===========  =========================================================
 argument         shape        meaning
 ===============  ===========  =========================================================
-``table``        (n, 8)       the matrices, see :class:`adaqn_cuda.plan.Column`; on the CPU
+``table``        (n, 9)       the matrices, see :class:`adaqn_cuda.plan.Column`; on the CPU
 ``factors``      (f,)         L and R, one square after the other
 ``bases``        (f,)         their eigenbases Q
 ``accumulator``  (d,)         ``v``: each tile's lies where the tile does
@@ -227,9 +227,8 @@ def _buckets(
     rows: tuple[tuple[int, ...], ...], present: tuple[bool, ...] | None
 ) -> tuple[Bucket, ...]:
     groups: dict[Any, list[tuple[tuple[int, ...], list[int]]]] = {}
-    numbers = iter(range(sum(map(_factors_in, rows))))
     for row in rows:
-        own = [next(numbers) for _ in range(_factors_in(row))]
+        own = list(range(row[Column.TURN], row[Column.TURN] + _factors_in(row)))
         if present is None or present[row[Column.PARAM]]:
             factored = (row[Column.LEFT] >= 0, row[Column.RIGHT] >= 0)
             key = (*row[Column.ROWS : Column.LEFT], *factored)

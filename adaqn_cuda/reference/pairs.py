@@ -57,11 +57,25 @@ def curvature_pass_a(
     theta y + (1 - theta) B0 s, so that s.y = damping s.B0 s.
     """
     s = displacement(iterate_sum, anchor, counters)
+    products = (fisher.to(s.dtype) @ s).double()
+    s_b0_s = None if image is None else s @ image
+    weigh(products, s_b0_s, counters, explicit, damping, weights)
+
+
+def weigh(
+    products: Tensor,
+    s_b0_s: Tensor | None,
+    counters: Tensor,
+    explicit: bool,
+    damping: float,
+    weights: Tensor,
+) -> None:
+    """The weights of pass A, from the products F_j.s and s.B0 s."""
     size = counters[Counter.GRADIENTS]
-    occupied = torch.arange(len(fisher), device=fisher.device) < size
-    c = torch.where(occupied, (fisher.to(s.dtype) @ s).double(), 0.0)
+    occupied = torch.arange(len(products), device=products.device) < size
+    c = torch.where(occupied, products, 0.0)
     s_y = c[0] if explicit else average((c * c).sum(), size)
-    theta = s_y.new_ones(()) if image is None else damping_factor(s_y, s @ image, damping)
+    theta = s_y.new_ones(()) if s_b0_s is None else damping_factor(s_y, s_b0_s, damping)
     weights[:-1] = theta * (occupied if explicit else average(c, size))
     weights[-1] = 1 - theta
 

@@ -21,6 +21,7 @@ enum : int {
   left,           ///< offset of the first left factor in `factors` and `bases`; -1 without
   right,          ///< the same for the right ones
   param,          ///< index of the parameter
+  turn,           ///< number of its first factor, by which factors take turns
   count,          ///< number of words
 };
 }  // namespace entry
@@ -61,6 +62,7 @@ struct KroneckerMatrix {
   int64_t left;
   int64_t right;
   int64_t param;
+  int64_t turn;
 
   ADAQN_HOST_DEVICE explicit KroneckerMatrix(const int64_t* words)
       : start(words[entry::start]),
@@ -68,7 +70,8 @@ struct KroneckerMatrix {
         columns{words[entry::columns], words[entry::column_pieces]},
         left(words[entry::left]),
         right(words[entry::right]),
-        param(words[entry::param]) {}
+        param(words[entry::param]),
+        turn(words[entry::turn]) {}
 
   ADAQN_HOST_DEVICE bool has_left() const { return left >= 0; }
   ADAQN_HOST_DEVICE bool has_right() const { return right >= 0; }

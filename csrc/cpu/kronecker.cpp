@@ -81,9 +81,9 @@ class FactorPlan {
       first_[m] = number;
       const KroneckerMatrix& matrix = matrices[m];
       if (moves(matrix)) {
-        if (matrix.has_left()) add_side(schedule, matrix, true, number, length);
+        if (matrix.has_left()) add_side(schedule, matrix, true, matrix.turn, length);
         const int64_t before = matrix.has_left() ? matrix.rows.pieces : 0;
-        if (matrix.has_right()) add_side(schedule, matrix, false, number + before, length);
+        if (matrix.has_right()) add_side(schedule, matrix, false, matrix.turn + before, length);
       }
       number += matrix.factors();
     }
@@ -113,11 +113,11 @@ class FactorPlan {
 
  private:
   void add_side(const KroneckerSchedule& schedule, const KroneckerMatrix& matrix, bool left,
-                int64_t number, int64_t& length) {
+                int64_t turn, int64_t& length) {
     const Cut& cut = left ? matrix.rows : matrix.columns;
-    for (int64_t i = 0; i < cut.pieces; ++i, ++number) {
-      const bool takes = schedule.takes_gradient(number);
-      const int iterations = schedule.iterations(number);
+    for (int64_t i = 0; i < cut.pieces; ++i, ++turn) {
+      const bool takes = schedule.takes_gradient(turn);
+      const int iterations = schedule.iterations(turn);
       if (iterations > 0) length += cut.size(i);
       if (takes || iterations > 0) {
         tasks_.push_back({&matrix, left, i, takes, iterations, nullptr});

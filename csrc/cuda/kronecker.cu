@@ -117,18 +117,17 @@ __device__ void update_factors(const Matrices<Capacity>& table, const Kronecker&
   const KroneckerSchedule schedule{kronecker.call, kronecker.interval};
   unsigned char* scratch = workspace.of_factors.of_block(memory.carver.position());
   for (int n = blockIdx.x; n < table.factors(); n += gridDim.x) {
-    const int32_t number = table.factor[0] + n;
-    const Factor at = locate_factor(table, number);
+    const Factor at = locate_factor(table, table.factor[0] + n);
     if (!table.moves(at.matrix)) continue;
     T* factor = static_cast<T*>(kronecker.factors) + at.offset;
-    if (schedule.takes_gradient(number)) {
+    if (schedule.takes_gradient(at.turn)) {
       if (at.is_left) {
         take_in_strip<true>(table, at, factor, memory);
       } else {
         take_in_strip<false>(table, at, factor, memory);
       }
     }
-    const int iterations = schedule.iterations(number);
+    const int iterations = schedule.iterations(at.turn);
     if (iterations > 0) {
       Carver carver(scratch);
       refresh_basis(memory.panels, factor, static_cast<T*>(kronecker.bases) + at.offset, at.side,
@@ -142,7 +141,7 @@ __device__ void update_factors(const Matrices<Capacity>& table, const Kronecker&
 /// The order of a basis, where this call has refreshed it.
 __device__ const int32_t* order_of(const Side& side, const KroneckerSchedule& schedule,
                                    const int32_t* orders) {
-  if (side.offset < 0 || schedule.iterations(side.factor) == 0) return nullptr;
+  if (side.offset < 0 || schedule.iterations(side.turn) == 0) return nullptr;
   return orders + side.order;
 }
 

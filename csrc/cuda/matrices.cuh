@@ -46,10 +46,9 @@ __device__ __forceinline__ int find_matrix(const int32_t* begin, int count, int3
 
 // ------------------------------------------------------------------ tiles
 
-/// A basis, and the factor's number and order; none where `offset` is negative.
+/// A basis, and the factor's turn and order; none where `offset` is negative.
 struct Side {
-  int64_t offset, order;
-  int32_t factor;
+  int64_t offset, order, turn;
 };
 
 /// A tile of a matrix, or a chunk of a parameter without factors, as one row.
@@ -101,14 +100,14 @@ __device__ Tile locate_tile(const Matrices<Capacity>& table, int32_t number) {
   tile.flat = matrix.tile(i, j);
   tile.stride = matrix.columns.length;
   tile.offset = tile.flat - matrix.start;
-  int64_t order = table.order[m], factor = table.factor[m];
+  int64_t order = table.order[m], turn = matrix.turn;
   if (matrix.has_left()) {
-    tile.left = {matrix.left_factor(i), order + matrix.rows.begin(i), int32_t(factor + i)};
+    tile.left = {matrix.left_factor(i), order + matrix.rows.begin(i), turn + i};
     order += matrix.rows.length;
-    factor += matrix.rows.pieces;
+    turn += matrix.rows.pieces;
   }
   if (matrix.has_right()) {
-    tile.right = {matrix.right_factor(j), order + matrix.columns.begin(j), int32_t(factor + j)};
+    tile.right = {matrix.right_factor(j), order + matrix.columns.begin(j), turn + j};
   }
   return tile;
 }
@@ -121,7 +120,7 @@ struct Factor {
   int matrix;
   int side, depth;
   int64_t first, pitch;  // elements of the matrix: before the strip, and between rows
-  int64_t offset, order;
+  int64_t offset, order, turn;
 };
 
 template <int Capacity>
@@ -133,6 +132,7 @@ __device__ Factor locate_factor(const Matrices<Capacity>& table, int32_t number)
   factor.is_left = n < lefts;
   factor.pitch = matrix.columns.length;
   factor.order = table.order[m];
+  factor.turn = matrix.turn + n;
   if (factor.is_left) {
     factor.side = int(matrix.rows.size(n));
     factor.depth = int(matrix.columns.length);

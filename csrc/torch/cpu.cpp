@@ -271,12 +271,13 @@ void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, c
   const int64_t slots = projections.numel() - flag::count;
   if (slots < 0) fail({"projections"}, "expected at least ", int{flag::count}, " words");
   cpu::kronecker_accumulate(
-      parallel_for, {gradient, dtype, matrices.matrices(), schedule_of(call, interval),
-                     averages_of(0, keep, 1 - keep, 0, false, {}, accumulator, place, size, dtype),
-                     flags_of(projections, place, slots), counters_of(counters, place),
-                     vector_of(factors, {"factors"}, place, matrices.squares(), dtype),
-                     vector_of(bases, {"bases"}, place, matrices.squares(), dtype),
-                     doubles_of(square, {"square"}, place, {1}), worker_count()});
+      parallel_for,
+      {gradient, dtype, matrices.matrices(), schedule_of(call, interval),
+       averages_of(0, keep, 1 - keep, 0, false, {}, accumulator, place, size, dtype),
+       flags_of(projections, place, slots), counters_of(counters, place),
+       vector_of(factors, {"factors"}, place, matrices.squares(factors.numel()), dtype),
+       vector_of(bases, {"bases"}, place, matrices.squares(bases.numel()), dtype),
+       doubles_of(square, {"square"}, place, {1}), worker_count()});
 }
 
 void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& accumulator,
@@ -287,12 +288,13 @@ void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& 
   const int64_t size = x.numel();
   const Table matrices(table, size);
   if (pending < 0 || pending > 1) fail({"pending"}, "expected 0 or 1, got ", pending);
-  cpu::kronecker_apply(parallel_for, {dtype, matrices.matrices(), counters_of(counters, place),
-                                      averages_of(0, keep, 1 - keep, eps, correct_bias, {},
-                                                  accumulator, place, size, dtype),
-                                      static_cast<int>(pending), inverse,
-                                      vector_of(bases, {"bases"}, place, matrices.squares(), dtype),
-                                      vector_of(x, {"x"}, place, size, dtype), worker_count()});
+  cpu::kronecker_apply(
+      parallel_for,
+      {dtype, matrices.matrices(), counters_of(counters, place),
+       averages_of(0, keep, 1 - keep, eps, correct_bias, {}, accumulator, place, size, dtype),
+       static_cast<int>(pending), inverse,
+       vector_of(bases, {"bases"}, place, matrices.squares(bases.numel()), dtype),
+       vector_of(x, {"x"}, place, size, dtype), worker_count()});
 }
 
 void kronecker_step(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
@@ -320,8 +322,8 @@ void kronecker_step(const Tensors& params, const OptionalTensors& grads, const T
        schedule_of(call, interval),
        averages_of(beta, keep, 1 - keep, eps, correct_bias, momentum, accumulator, place,
                    vector.size(), dtype),
-       rates, vector_of(factors, {"factors"}, place, matrices.squares(), dtype),
-       vector_of(bases, {"bases"}, place, matrices.squares(), dtype),
+       rates, vector_of(factors, {"factors"}, place, matrices.squares(factors.numel()), dtype),
+       vector_of(bases, {"bases"}, place, matrices.squares(bases.numel()), dtype),
        doubles_of(square, {"square"}, place, {1}),
        doubles_of(projections, {"projections"}, place, {flag::count}), words, worker_count()});
 }

@@ -192,8 +192,10 @@ cuda::Kronecker kronecker_of(const Table& table, const StateBuilder& builder, co
   cuda::Kronecker kronecker{};
   kronecker.table = table.words();
   kronecker.matrices = static_cast<int64_t>(table.matrices().size());
-  kronecker.bases = builder.vector(bases, {"bases"}, table.squares());
-  if (factors) kronecker.factors = builder.vector(*factors, {"factors"}, table.squares());
+  kronecker.bases = builder.vector(bases, {"bases"}, table.squares(bases.numel()));
+  if (factors) {
+    kronecker.factors = builder.vector(*factors, {"factors"}, table.squares(factors->numel()));
+  }
   if (square) kronecker.square = builder.doubles(*square, {"square"}, {1});
   kronecker.call = schedule.call;
   kronecker.interval = schedule.interval;

@@ -1,6 +1,9 @@
 // Checks of what steers the Kronecker operations: the table of matrices, and the schedule.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "../common/kronecker.h"
 #include "arguments.h"
 
@@ -27,8 +30,8 @@ class Table {
   const std::vector<KroneckerMatrix>& matrices() const { return matrices_; }
   const int64_t* words() const { return words_; }
 
-  /// Elements of all factors, and of their bases.
-  int64_t squares() const { return squares_; }
+  /// Elements of all factors, and of their bases; `given`, if that is more, as some may be spare.
+  int64_t squares(int64_t given) const { return std::max(squares_, given); }
 
   /// Every matrix lies within its parameter.
   void check_params(const Tensors& params) const {
@@ -53,8 +56,9 @@ class Table {
   const KroneckerMatrix& matrix(int64_t row) const { return matrices_[static_cast<size_t>(row)]; }
 
   static void check(int64_t row, int word, int64_t value, int64_t least, int64_t most) {
-    static constexpr const char* meanings[] = {"start",         "rows", "columns", "row pieces",
-                                               "column pieces", "left", "right",   "parameter"};
+    static constexpr const char* meanings[] = {"start",      "rows",          "columns",
+                                               "row pieces", "column pieces", "left",
+                                               "right",      "parameter",     "turn"};
     if (value < least || value > most) {
       fail({"table", row}, meanings[word], ": expected ", least, "..", most, ", got ", value);
     }
@@ -77,26 +81,28 @@ class Table {
   }
 
   void check_factors(int64_t row, const KroneckerMatrix& matrix) {
+    check(row, entry::turn, matrix.turn, 0, std::numeric_limits<int32_t>::max());
     check_side(row, entry::left, matrix.left, matrix.rows);
     check_side(row, entry::right, matrix.right, matrix.columns);
   }
 
-  /// Squares without gaps, so that no two overlap.
+  /// Squares one behind the other, so that no two overlap.
   void check_side(int64_t row, int word, int64_t offset, const Cut& cut) {
     if (offset == -1) return;
-    check(row, word, offset, squares_, squares_);
+    constexpr int64_t most = int64_t{1} << 60;
+    check(row, word, offset, squares_, most);
     constexpr int64_t longest = int64_t{1} << 24;  // of which the square is far from overflowing
     if (cut.largest() > longest) {
       fail({"table", row}, "expected factors of at most ", longest, " rows, got ", cut.largest());
     }
-    squares_ += cut.squares(cut.pieces);
+    squares_ = offset + cut.squares(cut.pieces);
   }
 
   int64_t rows_;
   const int64_t* words_;
   std::vector<KroneckerMatrix> matrices_;
   int64_t end_ = 0;      ///< of the matrices so far, in the flat vector
-  int64_t squares_ = 0;  ///< elements of their factors
+  int64_t squares_ = 0;  ///< where their factors end
 };
 
 inline KroneckerSchedule schedule_of(int64_t call, int64_t interval) {
