@@ -543,7 +543,10 @@ class AdaQN(Optimizer):
             return loss
         self._init_group()
         arena = held(self._arena)
-        params = [real_view(local(p)) for p in arena.params]
+        if arena.shards is not None:
+            self._advance_shard(grads)
+            return loss
+        params = [real_view(p) for p in arena.params]
         if not torch.compiler.is_compiling():
             self._advance(params, grads, arena)
         elif is_hookless(self._hooks, self._common()):
@@ -561,15 +564,22 @@ class AdaQN(Optimizer):
         self._reconcile()
         if self._arena is None:
             capture.check_uncaptured(self._parameters()[0].device)
-            self._check_alike()
+            self._check_shards()
             self._bind(self._new_arena(self.param_groups), calls=0)
 
-    def _check_alike(self) -> None:
-        """Processes that have shards of different things would wait for each other."""
-        shards = self._shards()
+    def _check_shards(self) -> None:
+        """Raise ``RuntimeError`` for what shards cannot do, and where processes do not agree.
+
+        Those that have shards of different things would wait for each other.
+        """
+        shards, common = self._shards(), self._common()
         if shards is None:
             return
-        common = self._common()
+        if common["curvature"] in ("difference", "product"):
+            raise RuntimeError(
+                f"curvature: {common['curvature']!r} takes gradients without backward(), which "
+                "does not reach the shards of fully_shard; use 'fisher' or 'gradients'"
+            )
         shards.check_alike(
             [f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in self._parameters()]
             + [f"{name}={common[name]!r}" for name in COMMON]
@@ -602,6 +612,12 @@ class AdaQN(Optimizer):
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """A compiled step that calls the user's functions: Python that no graph can hold."""
         self._advance(params, grads, held(self._arena))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _advance_shard(self, grads: list[Tensor | None]) -> None:
+        """A step with the rows that this process has, outside any graph: it has collectives."""
+        arena = held(self._arena)
+        self._advance([real_view(local(p)) for p in arena.params], grads, arena)
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [None if p.grad is None else local(p.grad) for p in self._parameters()]
@@ -638,6 +654,7 @@ class AdaQN(Optimizer):
             capture.warn_of_turns(self._common(), arena.plan is not None, self._calls + 1)
             self._warned_of_turns = True
         scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        scaling = (None if number is None else local(number) for number in scaling)
         settings = Settings.of(self.param_groups, device, *scaling)
         if self._calls == 0:
             rates = [group["lr"] for group in self.param_groups]

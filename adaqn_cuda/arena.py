@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 from .plan import Plan
-from .sharding import Shards, local
+from .sharding import Shards, local, whole
 
 #: Buffers with one entry per scalar parameter; the rings have one row of them per slot.
 VECTORS = (
@@ -278,13 +278,19 @@ class Arena(Buffers):
             for span in self.plan.spans
         ]
 
+    def _own_part(self, tensor: Tensor, dim: int) -> Tensor:
+        """What belongs here of a tensor that is divided along ``dim``, if any are."""
+        if self.shards is not None:
+            return self.shards.part(tensor, dim)
+        return whole(tensor)
+
     def _whole_factors(self, part: Tensor) -> Tensor:
         """Those of all shards, one shard after the other."""
         return part if self.shards is None else self._whole(part, len(part) * self.shards.count, 0)
 
     def _whole(self, part: Tensor, rows: int, dim: int) -> Tensor:
-        """The tensor of which this process has ``part``; see :meth:`Shards.whole`."""
-        return part if self.shards is None else self.shards.whole(part, rows, dim)
+        """The tensor of which this process has ``part``; see :meth:`Shards.of_all`."""
+        return part if self.shards is None else self.shards.of_all(part, rows, dim)
 
     def _kinds(self) -> list[str]:
         """Buffers that have a part for each parameter, and any rows at all."""
@@ -309,7 +315,8 @@ class Arena(Buffers):
             end = start + own_part(p).numel()
             for name in mine.keys() - set(SHARED) if theirs else ():
                 if name in theirs:
-                    local(mine[name]).copy_(local(theirs[name]))
+                    dim = 1 if name in RINGS else 0
+                    local(mine[name]).copy_(self._own_part(theirs[name], dim))
             if not theirs and self.anchor is not None:
                 w = own_part(p).reshape(-1).to(self.sizes.dtype)
                 self.anchor[start:end] = w

@@ -35,6 +35,15 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, without a graph if it is gathered from the processes: a collective."""
+    if not is_spread(tensor):
+        return tensor
+    with torch.no_grad():
+        gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
 # --------------------------------------------------------------------------- shards by rows
 
 
@@ -109,7 +118,7 @@ class Shards:
         edges = sorted({0, *accumulate(heights), *ends})
         return tuple(end - start for start, end in pairwise(edges))
 
-    def whole(self, part: Tensor, rows: int, dim: int) -> Tensor:
+    def of_all(self, part: Tensor, rows: int, dim: int) -> Tensor:
         """The DTensor of which ``part`` is what this process has.
 
         Args:
@@ -117,14 +126,33 @@ class Shards:
             rows: of the whole, along ``dim``.
             dim: the dimension that is divided.
         """
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor
 
-        placements: list[Any] = [Replicate()] * self.mesh.ndim
-        placements[self.dim] = Shard(dim)
         shape = Size((*part.shape[:dim], rows, *part.shape[dim + 1 :]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            part, self.mesh, placements, run_check=False, shape=shape, stride=stride
+            part, self.mesh, self._by(dim), run_check=False, shape=shape, stride=stride
+        )
+
+    def part(self, tensor: Tensor, dim: int) -> Tensor:
+        """What this process has of a tensor that is divided along ``dim``.
+
+        A DTensor that is divided otherwise is gathered: a collective.
+        """
+        if is_spread(tensor):
+            found: Any = tensor
+            if found.device_mesh == self.mesh and tuple(found.placements) == self._by(dim):
+                return local(tensor)
+        tensor = whole(tensor)
+        rows = self.rows(tensor.shape[dim], self.rank)
+        return tensor.narrow(dim, rows.start, len(rows))
+
+    def _by(self, dim: int) -> tuple[Any, ...]:
+        """Placements of a DTensor that is divided along ``dim``."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return tuple(
+            Shard(dim) if axis == self.dim else Replicate() for axis in range(self.mesh.ndim)
         )
 
     # ------------------------------------------------------------------ what they tell each other

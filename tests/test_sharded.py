@@ -5,22 +5,131 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import in_processes
-from sharded_cases import CASES, alone, together
+from sharded_cases import CASES, alone
+from sharded_models import OPTIONS, batches, fit, in_three, in_two, load, network, strips
+
+from adaqn_cuda import AdaQN
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_shards_step_as_one_process_does(count, tmp_path):
-    """In every case the parameters are those of one process, and the words the same everywhere."""
-    runs = in_processes(count, together, tmp_path, list(CASES))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes have left their checkpoints."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def of_two(folder, tmp_path_factory):
+    return in_processes(2, in_two, tmp_path_factory.mktemp("two"), str(folder))
+
+
+@pytest.fixture(scope="module")
+def of_three(of_two, folder, tmp_path_factory):
+    return in_processes(3, in_three, tmp_path_factory.mktemp("three"), str(folder))
+
+
+@pytest.fixture(params=[2, 3])
+def runs(request):
+    """What each of two processes has to tell, or each of three."""
+    return request.getfixturevalue({2: "of_two", 3: "of_three"}[request.param])
+
+
+def error_of(found, expected):
+    """The largest difference, relative to the largest value."""
+    scale = max(p.abs().max() for p in expected)
+    return max(((p - q).abs().max() / scale).item() for p, q in zip(found, expected, strict=True))
+
+
+def bits(words):
+    return {name: word.view(torch.int64).tolist() for name, word in words.items()}
+
+
+def test_shards_step_as_one_process_does(runs):
+    """In every case, the parameters are those of one process; the words, everywhere the same."""
     wrong = {}
     for name in CASES:
-        expected, found = alone(name, count), [run[name] for run in runs]
-        scale = max(p.abs().max() for p in expected.params)
-        error = max(
-            (p - q).abs().max() / scale
-            for p, q in zip(found[0].params, expected.params, strict=True)
-        )
-        words = [tuple(w.view(torch.int64).flatten().tolist() for w in f.words.values()) for f in found]
-        if not error < 1e-9 or found[0].stats != expected.stats or len(set(map(str, words))) > 1:
-            wrong[name] = (error.item(), found[0].stats, expected.stats, len(set(map(str, words))))
+        expected, found = alone(name, len(runs)), [run["cases"][name] for run in runs]
+        error = error_of(found[0].params, expected.params)
+        alike = all(bits(f.words) == bits(found[0].words) for f in found)
+        if not (error < 1e-9 and alike and found[0].stats == expected.stats):
+            wrong[name] = error, alike, found[0].stats, expected.stats
     assert not wrong
+
+
+# --------------------------------------------------------------------------- fully_shard
+
+
+def in_one_process(options, steps):
+    model = network()
+    optimizer = AdaQN(model.parameters(), blocks=strips(model.parameters()), **options)
+    fit(model, optimizer, steps)
+    return model, optimizer
+
+
+def values(model):
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_models_of_fully_shard_train_as_in_one_process(name, of_two):
+    model, _ = in_one_process(OPTIONS[name], batches(20))
+    for run in of_two:
+        assert error_of(run["saved"][name][0], values(model)) < 1e-9
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_checkpoints_go_on_in_any_number_of_processes(name, of_two, runs):
+    """To the bit in as many as before."""
+    expected = of_two[0]["saved"][name][0]
+    for run in runs:
+        found = run["loaded"][name]
+        assert error_of(found, expected) < 1e-9
+        if len(runs) == 2:
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_checkpoints_go_on_in_one_process(name, of_two, folder):
+    model = network()
+    optimizer = AdaQN(model.parameters(), blocks=strips(model.parameters()), **OPTIONS[name])
+    load(model, optimizer, f"{folder}/{name}")
+    fit(model, optimizer, batches(20)[10:])
+    assert error_of(values(model), of_two[0]["saved"][name][0]) < 1e-9
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_full_state_dict_is_that_of_one_process(name, of_two):
+    model, optimizer = in_one_process(OPTIONS[name], batches(20)[:10])
+    full = of_two[0]["saved"][name][1]["state"]
+    for key, p in model.named_parameters():
+        own = optimizer.state[p]
+        assert full[key].keys() == own.keys()
+        for kind in {"momentum", "accumulator", "factors", "s_ring", "square"} & own.keys():
+            assert error_of([full[key][kind]], [own[kind]]) < 1e-6, kind
+
+
+def test_words_of_replicated_shards(of_two):
+    """They are summed over the shards alone; the monitored loss is the mean over all."""
+    model, _ = in_one_process(OPTIONS["pairs"], batches(12))
+    for run in of_two:
+        for params, loss in run["meshes"].values():
+            assert error_of(params, values(model)) < 1e-9
+            assert loss == 0.5
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_told_in_every_process(of_two):
+    expected = {
+        "shapes": "RuntimeError: shard 0 has a parameter of shape (4, 3), torch.float32, and shard "
+        "1 a parameter of shape (4, 4)",
+        "number": "RuntimeError: shard 0 has",
+        "dtypes": "RuntimeError: shard 0 has a parameter of shape (4, 3), torch.float32, and shard "
+        "1 a parameter of shape (4, 3), torch.float64",
+        "options": "RuntimeError: shard 0 has history_size=0, and shard 1 history_size=1",
+        "closures": "RuntimeError: curvature: 'difference' takes gradients without backward()",
+    }
+    for run in of_two:
+        assert run["mistakes"].keys() == expected.keys()
+        for name, beginning in expected.items():
+            assert run["mistakes"][name].startswith(beginning), name

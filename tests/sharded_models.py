@@ -1,0 +1,183 @@
+"""What processes do with models of fully_shard: training, checkpoints, and mistakes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+import torch.distributed.checkpoint as dcp
+from sharded_cases import CASES, PAIRS, divided, together
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+from adaqn_cuda import AdaQN
+
+OPTIONS = {
+    "default": {},
+    "pairs": {**PAIRS, "init": "rmsprop"},
+    "pairs on factors": PAIRS,
+}
+
+
+def batches(steps):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(steps, 12, 6, dtype=torch.float64, generator=generator)
+
+
+def loss_of(model, x):
+    return (model(x) - x.repeat(1, 2).sin()).square().mean()
+
+
+def network():
+    """Rows that two and three processes share evenly."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 12)).double()
+
+
+def strips(params):
+    """Row blocks that end where shards end, for any number that divides the rows evenly."""
+    return {p: [2] * (len(p) // 2) for p in params}
+
+
+def fit(model, optimizer, steps, rows=slice(None)):
+    for x in steps:
+        optimizer.zero_grad()
+        loss_of(model, x[rows]).backward()
+        optimizer.step()
+
+
+def sharded_network(mesh):
+    model = network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def own_batch():
+    """The examples of this process."""
+    share = 12 // dist.get_world_size()
+    return slice(share * dist.get_rank(), share * (dist.get_rank() + 1))
+
+
+def values_of(model):
+    return [p.full_tensor().detach().clone() for p in model.parameters()]
+
+
+def trained_and_saved(folder):
+    """Ten steps, a checkpoint, and ten more."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    outcomes = {}
+    for name, options in OPTIONS.items():
+        model = sharded_network(mesh)
+        optimizer = AdaQN(model.parameters(), blocks=strips(model.parameters()), **options)
+        steps = batches(20)
+        fit(model, optimizer, steps[:10], own_batch())
+        dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{name}")
+        everything = StateDictOptions(full_state_dict=True)
+        full = deepcopy(get_optimizer_state_dict(model, optimizer, options=everything))
+        fit(model, optimizer, steps[10:], own_batch())
+        outcomes[name] = values_of(model), full
+    return outcomes
+
+
+def loaded_and_trained(folder):
+    """The ten steps after the checkpoint."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    outcomes = {}
+    for name, options in OPTIONS.items():
+        model = sharded_network(mesh)
+        optimizer = AdaQN(model.parameters(), blocks=strips(model.parameters()), **options)
+        load(model, optimizer, f"{folder}/{name}")
+        fit(model, optimizer, batches(20)[10:], own_batch())
+        outcomes[name] = values_of(model)
+    return outcomes
+
+
+def state_of(model, optimizer):
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def load(model, optimizer, folder):
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+# --------------------------------------------------------------------------- all of it
+
+
+def in_two(folder):
+    """What two processes do, which save checkpoints."""
+    return {
+        "cases": together(list(CASES)),
+        "saved": trained_and_saved(folder),
+        "loaded": loaded_and_trained(folder),
+        "meshes": on_meshes(),
+        "mistakes": mistakes(),
+    }
+
+
+def in_three(folder):
+    """What three processes do with the checkpoints of two."""
+    return {"cases": together(list(CASES)), "loaded": loaded_and_trained(folder)}
+
+
+# --------------------------------------------------------------------------- meshes
+
+
+def on_meshes():
+    """Replicas of shards: all there are of either, and the other way about."""
+    outcomes = {}
+    for shape in ((1, 2), (2, 1)):
+        mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+        model = network()
+        fully_shard(model, mesh=mesh)
+        optimizer = AdaQN(model.parameters(), **PAIRS, init="rmsprop")
+        optimizer.monitor = lambda: torch.tensor(float(dist.get_rank()))
+        fit(model, optimizer, batches(12), own_batch())
+        outcomes[shape] = values_of(model), optimizer.stats()["monitored_loss"]
+    return outcomes
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def message_of(function):
+    try:
+        function()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def mistakes():
+    """What is said in every process; no process waits for another."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    rank = dist.get_rank()
+
+    def step(values, **options):
+        params = [nn.Parameter(divided(v, mesh)) for v in values]
+        optimizer = AdaQN(params, **options)
+        for p, v in zip(params, values, strict=True):
+            p.grad = divided(v, mesh)
+        optimizer.step()
+
+    ones = torch.ones(4, 3)
+    return {
+        "shapes": message_of(lambda: step([torch.ones(4, 3 + rank)])),
+        "number": message_of(lambda: step([ones] * (1 + rank))),
+        "dtypes": message_of(lambda: step([ones.to([torch.float32, torch.float64][rank])])),
+        "options": message_of(lambda: step([ones], history_size=rank)),
+        "closures": message_of(
+            lambda: step([ones], history_size=1, curvature="difference", curvature_closure=id)
+        ),
+    }
