@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from .sharded import call_of
 from .sharding import Shards, check_flat, check_not_divided, local
 from .step import Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AdaQN(Optimizer):
@@ -156,6 +159,10 @@ class AdaQN(Optimizer):
             more than one, the first captured step warns. A step must have been taken before
             (default: ``True``).
         differentiable (bool, optional): must be ``False``.
+        state_sharding (ProcessGroup, optional): processes with the same whole parameters and
+            gradients, as with ``DistributedDataParallel``. Each keeps the state of some rows of
+            every parameter, takes the step for them, and sends them to the others, whose
+            parameters are the same to the bit then (default: ``None``).
         max_factor_dim (int, optional): deprecated name of ``block_size``.
 
     ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
@@ -244,6 +251,7 @@ class AdaQN(Optimizer):
         foreach: bool | None = None,
         capturable: bool = True,
         differentiable: bool = False,
+        state_sharding: ProcessGroup | None = None,
         max_factor_dim: int | None = None,
     ) -> None:
         if max_factor_dim is not None:
@@ -264,6 +272,7 @@ class AdaQN(Optimizer):
         self._arena: Arena | None = None
         self._calls = 0
         self._prepare()
+        self._state_sharding = state_sharding
         super().__init__(params, defaults)
         if blocks is not None:
             check_blocks(blocks, self._parameters())
@@ -368,7 +377,7 @@ class AdaQN(Optimizer):
         ]
         shards = self._shards()
         cuts = [
-            Cut(_rows(shape, 1 if size is None else own, shards), size)
+            Cut(_rows(shape, own, shards), size)
             for shape, own, size in zip(shapes, blocks, sizes, strict=True)
         ]
         plan = Plan(shapes, cuts, common["max_vector_dim"])
@@ -380,7 +389,18 @@ class AdaQN(Optimizer):
 
     def _shards(self) -> Shards | None:
         """How the parameters are divided among processes, if they are."""
-        return Shards.of(self._parameters())
+        params = self._parameters()
+        shards = Shards.of(params)
+        if self._state_sharding is None or not params:
+            return shards
+        if shards is not None:
+            raise RuntimeError(
+                "state_sharding: the parameters are DTensors, whose state is divided as they are; "
+                "leave it out"
+            )
+        if self._shards_of_state is None:
+            self._shards_of_state = Shards.over(self._state_sharding, params[0].device)
+        return self._shards_of_state
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -393,6 +413,8 @@ class AdaQN(Optimizer):
         self._seen_sizes: list[int] = []
         self._halfway = False
         self._warned_of_turns = False
+        self._state_sharding: Any = None
+        self._shards_of_state: Shards | None = None
 
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
         """Buffers for all parameters under the options of ``groups``.
@@ -401,12 +423,12 @@ class AdaQN(Optimizer):
         """
         params, shards = self._parameters(), self._shards()
         check_device(params)
-        check_memory([local(p) for p in params])
+        check_memory(params if shards is None else [shards.own(p) for p in params])
         with torch.inference_mode(False):  # the state outlives the mode
             blocks = [n for group in groups for n in group["blocks"]]
             check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n != 1}, params)
             plan = self._plan(groups)
-            sizes = Sizes.of(params, common_options(groups), plan, momentum, shards is not None)
+            sizes = Sizes.of(params, common_options(groups), plan, momentum, shards)
             return Arena(params, sizes, plan, shards)
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
@@ -577,11 +599,13 @@ class AdaQN(Optimizer):
             return
         if common["curvature"] in ("difference", "product"):
             raise RuntimeError(
-                f"curvature: {common['curvature']!r} takes gradients without backward(), which "
-                "does not reach the shards of fully_shard; use 'fisher' or 'gradients'"
+                f"curvature: {common['curvature']!r} takes gradients of whole parameters, of which "
+                "every process steps a part; use 'fisher' or 'gradients'"
             )
+        params = self._parameters()
         shards.check_alike(
-            [f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in self._parameters()]
+            [f"{len(params)} parameters"]
+            + [f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in params]
             + [f"{name}={common[name]!r}" for name in COMMON]
         )
 
@@ -615,12 +639,16 @@ class AdaQN(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance_shard(self, grads: list[Tensor | None]) -> None:
-        """A step with the rows that this process has, outside any graph: it has collectives."""
+        """A step with the rows of this process, outside any graph: it has collectives."""
         arena = held(self._arena)
-        self._advance([real_view(local(p)) for p in arena.params], grads, arena)
+        shards = held(arena.shards)
+        self._advance([real_view(shards.own(p)) for p in arena.params], grads, arena)
 
     def _gradients(self) -> list[Tensor | None]:
-        grads = [None if p.grad is None else local(p.grad) for p in self._parameters()]
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        shards = self._shards() if self._arena is None else self._arena.shards
+        if shards is not None:
+            grads = [None if g is None else shards.own(g) for g in grads]
         for index, g in enumerate(grads):
             if g is None:
                 continue
@@ -733,8 +761,7 @@ class AdaQN(Optimizer):
         """What the state takes, allocated or not, and the factors in it."""
         self._match_blocks()
         plan = self._plan(self.param_groups)
-        spread = self._shards() is not None
-        return Sizes.of(self._parameters(), self._common(), plan, in_passes=spread), plan
+        return Sizes.of(self._parameters(), self._common(), plan, shards=self._shards()), plan
 
     def __repr__(self) -> str:
         sizes, plan = self._foreseen()
@@ -754,7 +781,7 @@ class AdaQN(Optimizer):
             return "Factors: none\n" if self._common()["init"] == "kronecker" else ""
         counts = [0, 0, 0]
         for p, sides in zip(self._parameters(), plan.sides, strict=True):
-            counts[sides] += own_part(p).numel()
+            counts[sides] += own_part(p, self._shards()).numel()
         none, one, both = (f"{100 * n / max(sum(counts), 1):.1f} %" for n in counts)
         return f"Factors: on both sides of {both} of them, on one of {one}, on none of {none}\n"
 

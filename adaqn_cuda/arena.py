@@ -42,9 +42,10 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def own_part(param: Tensor) -> Tensor:
-    """What this process has of a parameter, real and detached."""
-    return real_view(local(param.detach()))
+def own_part(param: Tensor, shards: Shards | None) -> Tensor:
+    """What this process steps of a parameter, real and detached."""
+    param = param.detach()
+    return real_view(param if shards is None else shards.own(param))
 
 
 def row_stride(columns: int, dtype: torch.dtype) -> int:
@@ -96,13 +97,13 @@ class Sizes:
         options: Mapping[str, Any],
         plan: Plan | None,
         momentum: bool = False,
-        in_passes: bool = False,
+        shards: Shards | None = None,
     ) -> Sizes:
         """Sizes for ``params``, the optimizer's common ``options``, and the plan of factors.
 
         With ``momentum``, there is room for it even where the options say that it is zero now.
         """
-        real = [own_part(p) for p in params]
+        real = [own_part(p, shards) for p in params]
         dtype = state_dtype(real)
         of_gradients = options["curvature"] == "fisher"
         return cls(
@@ -114,7 +115,7 @@ class Sizes:
             factors=None if plan is None else plan.factors,
             momentum=momentum or options["momentum"] > 0,
             gradients=options["curvature"] == "gradients" and options["history_size"] > 0,
-            in_passes=in_passes or options["history_size"] > 0,
+            in_passes=shards is not None or options["history_size"] > 0,
             history_dtype=options["history_dtype"] or dtype,
             fisher_dtype=(options["fisher_dtype"] if of_gradients else None) or dtype,
         )
@@ -257,7 +258,7 @@ class Arena(Buffers):
         shared = {name: getattr(self, name) for name in SHARED if getattr(self, name) is not None}
         entries, start = self._factors_of_each(), 0
         for entry, p in zip(entries, self.params, strict=True):
-            shape = own_part(p).shape
+            shape = own_part(p, self.shards).shape
             end = start + shape.numel()
             for name in self._kinds():
                 buffer = getattr(self, name)
@@ -304,21 +305,22 @@ class Arena(Buffers):
         gradients are zero, its average and anchor are where it is.  What its gradients were there
         is unknown, so averages of gradients begin anew.  Call :meth:`check` first.
         """
-        own, start = self.views(), 0
+        views, start = self.views(), 0
         joining = any(not entry for entry in entries)
         first = next(entry for entry in entries if entry)
-        for name in own[0].keys() & first.keys() & set(SHARED):
-            own[0][name].copy_(first[name])
+        for name in views[0].keys() & first.keys() & set(SHARED):
+            views[0][name].copy_(first[name])
         if self.momentum is not None and not any("momentum" in entry for entry in entries):
             self.moments.zero_()
-        for p, mine, theirs in zip(self.params, own, entries, strict=True):
-            end = start + own_part(p).numel()
+        for p, mine, theirs in zip(self.params, views, entries, strict=True):
+            own = own_part(p, self.shards)
+            end = start + own.numel()
             for name in mine.keys() - set(SHARED) if theirs else ():
                 if name in theirs:
                     dim = 1 if name in RINGS else 0
                     local(mine[name]).copy_(self._own_part(theirs[name], dim))
             if not theirs and self.anchor is not None:
-                w = own_part(p).reshape(-1).to(self.sizes.dtype)
+                w = own.reshape(-1).to(self.sizes.dtype)
                 self.anchor[start:end] = w
                 held(self.iterate_sum)[start:end] = w * self.counters[Counter.ITERATES]
             start = end

@@ -69,7 +69,7 @@ def _matrices_of(shape: torch.Size, cut: Cut) -> Iterator[tuple[int, int]]:
     if shape.numel() == 0:
         return
     width = prod(shape[1:])
-    for height in cut.heights:
+    for height in cut.heights if cut.has_factors else (shape.numel() // width,):
         yield height, width
 
 
@@ -111,6 +111,18 @@ def _squares_on(row: Sequence[int], side: int) -> int:
 def _squares_in(row: Sequence[int]) -> int:
     """Numbers in the factors of a matrix."""
     return sum(_squares_on(row, side) for side in _factored_sides(row))
+
+
+def _part_of(row: Sequence[int], start: int, elements: range) -> list[int]:
+    """A matrix, if it lies in a range of elements; of one without factors, what lies in it.
+
+    ``start`` is where it begins, counted as the elements are.
+    """
+    if _factored_sides(row):
+        return list(row) if start in elements else []
+    stop = start + row[Column.ROWS] * row[Column.COLUMNS]
+    inside = range(max(start, elements.start), min(stop, elements.stop))
+    return [0, len(inside), *row[Column.COLUMNS :]] if inside else []
 
 
 class Plan:
@@ -173,7 +185,8 @@ class Plan:
         of a parameter as one of them needs.
 
         Args:
-            shards: the elements of every parameter that each shard has, whole matrices.
+            shards: the elements of every parameter that each shard has; of matrices with factors,
+                all or none.
             number: of the shard.
         """
         divided = [self._within(ranges) for ranges in shards]
@@ -184,11 +197,12 @@ class Plan:
         return plan
 
     def _within(self, ranges: Sequence[range]) -> list[list[list[int]]]:
-        """Copies of the matrices of every parameter that lie in its range of elements."""
+        """What lies of the matrices of every parameter in its range of elements."""
         found = []
         for own, elements in zip(self._matrices, ranges, strict=True):
             first = own[0][Column.START] if own else 0
-            found.append([list(row) for row in own if row[Column.START] - first in elements])
+            parts = [_part_of(row, row[Column.START] - first, elements) for row in own]
+            found.append([part for part in parts if part])
         return found
 
     def squares(self) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ three with them (two where p is not capped), and two more at a pair update.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -34,11 +35,16 @@ class ShardedCall(Call):
 
     shards: Shards
 
+    def run(self, hold: Hold, finish: Callable[[], None]) -> None:
+        def finish_everywhere() -> None:
+            self.shards.spread(self.owners)
+            finish()
+
+        super().run(hold, finish_everywhere)
+
     def _moving_moments(self) -> Tensor:
         a = self.a
-        standing = reference.standing_moments(
-            self.params, self.grads, a.s_ring, held(a.momentum)
-        )
+        standing = reference.standing_moments(self.params, self.grads, a.s_ring, held(a.momentum))
         return a.moments - self.shards.total(standing)
 
     def _move(self, hold: Hold, moments: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -57,7 +63,8 @@ class ShardedCall(Call):
         of_g.mul_(reference.clip_factor(a.projections, limit)).add_(of_m * moments)
 
     def _descend(self, moments: Tensor) -> None:
-        self.shards.total(self.a.images)
+        if self.has_pairs:
+            self.shards.total(self.a.images)
         if self._cap() < inf:
             self._descend_capped(moments)
         else:
@@ -86,6 +93,14 @@ class ShardedCall(Call):
 
     # ------------------------------------------------------------------ at a pair update
 
+    def _look_from(self, saved: Tensor) -> None:
+        super()._look_from(saved)
+        self.shards.spread(self.owners)
+
+    def _restore(self, saved: Tensor) -> None:
+        super()._restore(saved)
+        self.shards.spread(self.owners)
+
     def _monitored_loss(self) -> Tensor:
         """The mean over all processes, so that they decide alike."""
         return self.shards.mean(super()._monitored_loss())
@@ -97,9 +112,7 @@ class ShardedCall(Call):
         rows.append(s.new_zeros(()) if image is None else s @ image)
         words = self.shards.total(torch.stack(rows).double())
         s_b0_s = None if image is None else words[-1]
-        reference.weigh(
-            words[:-1], s_b0_s, a.counters, explicit, self.common["damping"], a.weights
-        )
+        reference.weigh(words[:-1], s_b0_s, a.counters, explicit, self.common["damping"], a.weights)
 
     def _make_pair(self, image: Tensor | None) -> None:
         """A pair of which any process has a part that is not finite, is none."""

@@ -56,10 +56,19 @@ class Shards:
     Args:
         mesh: the processes.
         dim: the dimension along which rows are divided.
+        whole: whether all processes have whole parameters, of which each steps its rows.
     """
 
     mesh: Any
     dim: int
+    whole: bool = False
+
+    @classmethod
+    def over(cls, group: Any, device: torch.device) -> Shards:
+        """Whole parameters on ``device``, of which each process of a group steps some rows."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return cls(DeviceMesh.from_group(group, device.type), 0, whole=True)
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> Shards | None:
@@ -109,8 +118,16 @@ class Shards:
 
     def elements(self, shape: Size, rank: int) -> range:
         """Of the elements of a parameter, in C order, those in a shard."""
-        rows, width = self.rows(shape[0], rank), shape[1:].numel()
+        rows, width = self.rows(_rows_in(shape), rank), shape[1:].numel()
         return range(rows.start * width, rows.stop * width)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """What this process steps of a parameter, or of its gradient: a view."""
+        return self._rows_of(tensor, self.rank) if self.whole else local(tensor)
+
+    def _rows_of(self, tensor: Tensor, rank: int) -> Tensor:
+        rows = self.rows(_rows_in(tensor.shape), rank)
+        return (tensor if tensor.dim() else tensor[None]).narrow(0, rows.start, len(rows))
 
     def cut(self, heights: Sequence[int]) -> tuple[int, ...]:
         """Row blocks, cut where a shard ends, so that each lies in one."""
@@ -157,6 +174,31 @@ class Shards:
 
     # ------------------------------------------------------------------ what they tell each other
 
+    def spread(self, params: Sequence[Tensor]) -> None:
+        """Where processes have whole parameters, let all have what each has stepped.
+
+        One collective for every dtype.
+        """
+        if self.whole and self.count > 1:
+            for dtype in dict.fromkeys(p.dtype for p in params):
+                self._spread([p.detach() for p in params if p.dtype == dtype])
+
+    def _spread(self, params: list[Tensor]) -> None:
+        real = [torch.view_as_real(p) if p.is_complex() else p for p in params]
+        parts = [[self._rows_of(p, rank) for p in real] for rank in range(self.count)]
+        sizes = [sum(part.numel() for part in of_rank) for of_rank in parts]
+        sent = real[0].new_zeros(max(sizes))
+        sent[: sizes[self.rank]] = torch.cat([part.reshape(-1) for part in parts[self.rank]])
+        received = sent.new_empty(self.count, len(sent))
+        bytes_of_ranks = list(received.view(torch.uint8).unbind())
+        group = self.mesh.get_group(self.dim)
+        torch.distributed.all_gather(bytes_of_ranks, sent.view(torch.uint8), group=group)
+        for rank, of_rank in enumerate(parts):
+            if rank != self.rank:
+                flat = received[rank, : sizes[rank]].split([part.numel() for part in of_rank])
+                found = [f.view(part.shape) for f, part in zip(flat, of_rank, strict=True)]
+                torch._foreach_copy_(of_rank, found)
+
     def total(self, words: Tensor) -> Tensor:
         """``words`` summed over the shards, in place: one collective."""
         torch.distributed.all_reduce(words, group=self.mesh.get_group(self.dim))
@@ -179,6 +221,11 @@ class Shards:
                         f"shard 0 has {first}, and shard {rank} {own}; make the same model and "
                         "optimizer in all processes"
                     )
+
+
+def _rows_in(shape: Size) -> int:
+    """A number is one row."""
+    return shape[0] if shape else 1
 
 
 # --------------------------------------------------------------------------- what is refused

@@ -307,16 +307,21 @@ class Call:
 
     def _observe(self, hold: Hold) -> tuple[Tensor | None, Tensor | None]:
         """The monitored loss and y at the averaged iterate; the parameters are as before then."""
-        a, saved = self.a, held(self.a.direction)
+        saved = held(self.a.direction)
         saved.copy_(reference.flatten(self.params, saved.dtype))
         try:
-            self.op.iterate_swap(self.params, a.iterate_sum, a.projections, a.counters, saved)
+            self._look_from(saved)
             with hold.lifted():
                 loss = None if self.hooks.monitor is None else self._monitored_loss()
                 y = self._evaluate_curvature()
         finally:
             self._restore(saved)
         return loss, -y if y is not None and self.common["maximize"] else y
+
+    def _look_from(self, saved: Tensor) -> None:
+        """The averaged iterate takes the place of the parameters, which are in ``saved``."""
+        a = self.a
+        self.op.iterate_swap(self.params, a.iterate_sum, a.projections, a.counters, saved)
 
     def _restore(self, saved: Tensor) -> None:
         """Whatever arrives meanwhile, the parameters do not stay at the average."""

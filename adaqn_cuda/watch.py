@@ -34,8 +34,9 @@ class Watch:
         self.params = params
         self._layouts = _layouts(params)
         self._parts = [part for entry in entries for part in entry.values()]
-        self._distinct = list({id(part): part for part in self._parts}.values())  # many are shared
-        self._addresses = list(map(_address, self._distinct))
+        distinct = {id(part): part for part in self._parts}  # many are shared
+        self._distinct = list(map(local, distinct.values()))
+        self._addresses = list(map(Tensor.data_ptr, self._distinct))
 
     def sees_change(self, params: list[Tensor], state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters, their layout or their state are others than they were."""
@@ -49,11 +50,7 @@ class Watch:
         parts = [part for p in self.params for part in state.get(p, {}).values()]
         if differ(parts, self._parts):
             return True
-        return list(map(_address, self._distinct)) != self._addresses
-
-
-def _address(tensor: Tensor) -> int:
-    return local(tensor).data_ptr()
+        return list(map(Tensor.data_ptr, self._distinct)) != self._addresses
 
 
 def differ(ours: list[Any], theirs: list[Any]) -> bool:

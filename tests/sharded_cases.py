@@ -161,6 +161,20 @@ def alone(name, count):
     )  # fmt: skip
 
 
+def with_divided_state(names):
+    """The same, of processes that have whole parameters and some rows of the state."""
+    outcomes = {}
+    for name in names:
+        problem, case = Problem(), CASES[name]
+        params = [nn.Parameter(v.clone()) for v in problem.start]
+        optimizer = AdaQN(params, state_sharding=dist.group.WORLD, **case.options)
+        outcomes[name] = train(
+            problem, optimizer, params, case, steps_of(name), lambda ps: [p.detach() for p in ps],
+            lambda g: g,
+        )  # fmt: skip
+    return outcomes
+
+
 def own_rows(whole):
     """The rows that this process has."""
     parts = whole.chunk(dist.get_world_size())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded_cases import CASES, PAIRS, divided, together
+from sharded_cases import CASES, PAIRS, divided, together, with_divided_state
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_map
 
 from adaqn_cuda import AdaQN
 
@@ -67,6 +66,10 @@ def own_batch():
     return slice(share * dist.get_rank(), share * (dist.get_rank() + 1))
 
 
+def copied(state):
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
+
+
 def values_of(model):
     return [p.full_tensor().detach().clone() for p in model.parameters()]
 
@@ -82,7 +85,7 @@ def trained_and_saved(folder):
         fit(model, optimizer, steps[:10], own_batch())
         dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{name}")
         everything = StateDictOptions(full_state_dict=True)
-        full = deepcopy(get_optimizer_state_dict(model, optimizer, options=everything))
+        full = copied(get_optimizer_state_dict(model, optimizer, options=everything))
         fit(model, optimizer, steps[10:], own_batch())
         outcomes[name] = values_of(model), full
     return outcomes
@@ -119,6 +122,8 @@ def in_two(folder):
     """What two processes do, which save checkpoints."""
     return {
         "cases": together(list(CASES)),
+        "states": with_divided_state(STATES),
+        "replicas": replicas(),
         "saved": trained_and_saved(folder),
         "loaded": loaded_and_trained(folder),
         "meshes": on_meshes(),
@@ -128,7 +133,48 @@ def in_two(folder):
 
 def in_three(folder):
     """What three processes do with the checkpoints of two."""
-    return {"cases": together(list(CASES)), "loaded": loaded_and_trained(folder)}
+    return {
+        "cases": together(list(CASES)),
+        "states": with_divided_state(STATES),
+        "loaded": loaded_and_trained(folder),
+    }
+
+
+# --------------------------------------------------------------------------- whole parameters
+
+#: Cases in which the state alone is divided.
+STATES = ("default", "pairs", "of the paper", "missing", "not finite")
+
+
+def replicas():
+    """DistributedDataParallel with a divided state: values after some steps, saved and loaded."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12)).double()
+    net.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float64)))
+    net.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex128)))
+    model = nn.parallel.DistributedDataParallel(net)
+    options = dict(state_sharding=dist.group.WORLD, **PAIRS)
+    optimizer = AdaQN(model.parameters(), **options)
+
+    def steps(optimizer):
+        for x in batches(6):
+            optimizer.zero_grad()
+            out = model(x[own_batch()]) * net.scale + net.phase.sum().abs()
+            (out - 1).square().mean().backward()
+            optimizer.step()
+
+    steps(optimizer)
+    before, state = [p.detach().clone() for p in model.parameters()], copied(optimizer.state_dict())
+    steps(optimizer)
+    after = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.copy_(value)
+    other = AdaQN(model.parameters(), **options)
+    other.load_state_dict(state)
+    steps(other)
+    again = [p.detach().clone() for p in model.parameters()]
+    return after, again, optimizer.stats()["state_bytes"]
 
 
 # --------------------------------------------------------------------------- meshes

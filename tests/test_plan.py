@@ -8,6 +8,7 @@ from torch import Size, nn
 
 from adaqn_cuda.blocks import as_blocks, check_blocks, heights, rnn_blocks
 from adaqn_cuda.plan import Column, Cut, Plan, pieces
+from adaqn_cuda.sharding import Shards
 
 settings.register_profile("plan", deadline=None, max_examples=200)
 settings.load_profile("plan")
@@ -169,13 +170,53 @@ def test_without_a_block_size_a_parameter_is_one_row_without_factors(block_size)
     shapes = [(6, 4), (3, 2, 2), (3,), (0, 2), ()]
     p = plan(shapes, blocks=[[1, 5], 3, 1, 1, 1], block_size=block_size)
     assert p.table.tolist() == [
-        [0, 24, 1, 1, 1, -1, -1, 0],
-        [24, 12, 1, 1, 1, -1, -1, 1],
-        [36, 3, 1, 1, 1, -1, -1, 2],
-        [39, 1, 1, 1, 1, -1, -1, 4],
+        [0, 24, 1, 1, 1, -1, -1, 0, 0],
+        [24, 12, 1, 1, 1, -1, -1, 1, 0],
+        [36, 3, 1, 1, 1, -1, -1, 2, 0],
+        [39, 1, 1, 1, 1, -1, -1, 4, 0],
     ]
     assert p.factors == 0
     assert list(p.squares()) == []
+
+
+# --------------------------------------------------------------------------- shards
+
+
+class Mesh:
+    """What :class:`Shards` asks of a device mesh."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def size(self, dim):
+        return self.count
+
+
+@given(problems(), st.integers(1, 4))
+def test_shards_have_the_matrices_of_the_whole_between_them(problem, count):
+    """In its order and with its turns, and room for as many factors in each."""
+    shapes, blocks, block_size, max_vector_dim = problem
+    shapes, shards = [Size(shape) for shape in shapes], Shards(Mesh(count), 0)
+    rows = [heights(s, as_blocks(b)) for s, b in zip(shapes, blocks, strict=True)]
+    whole = Plan(shapes, [Cut(shards.cut(own), block_size) for own in rows], max_vector_dim)
+    ranges = [[shards.elements(shape, rank) for shape in shapes] for rank in range(count)]
+    parts = [whole.part(ranges, rank) for rank in range(count)]
+    assert len({tuple(map(str, part.spans)) for part in parts}) == 1
+
+    def without_places(row):
+        factored = [row[side] >= 0 for side in (Column.LEFT, Column.RIGHT)]
+        return [*row[Column.ROWS : Column.LEFT], *factored, row[Column.TURN]]
+
+    for param in range(len(shapes)):
+        found = [row for part in parts for row in part.table.tolist() if row[Column.PARAM] == param]
+        expected = [row for row in whole.table.tolist() if row[Column.PARAM] == param]
+        assert sum(row[Column.ROWS] * row[Column.COLUMNS] for row in found) == shapes[param].numel()
+        factored = [[without_places(r) for r in rs if max(r[5:7]) >= 0] for rs in (found, expected)]
+        assert factored[0] == factored[1]
+    for part, own in zip(parts, ranges, strict=True):
+        sizes = part.table[:, Column.ROWS] * part.table[:, Column.COLUMNS]
+        assert part.table[:, Column.START].tolist() == [0, *sizes.cumsum(0).tolist()][: len(sizes)]
+        assert sizes.sum() == sum(map(len, own))
 
 
 # --------------------------------------------------------------------------- row blocks
@@ -211,7 +252,7 @@ def test_rnn_blocks_finds_the_gates():
     check_blocks(rnn_blocks(model), model.parameters())
 
 
-P, Q, VECTOR = (nn.Parameter(torch.zeros(shape)) for shape in ((6, 2), (4, 2), (4,)))
+P, Q, NUMBER = (nn.Parameter(torch.zeros(shape)) for shape in ((6, 2), (4, 2), ()))
 
 
 @pytest.mark.parametrize(
@@ -232,18 +273,17 @@ P, Q, VECTOR = (nn.Parameter(torch.zeros(shape)) for shape in ((6, 2), (4, 2), (
         ({P: 4}, ValueError, r"blocks: got 4 .*\(6, 2\).* use a divisor of 6, or list"),
         ({P: [3, 2]}, ValueError, r"blocks: got \[3, 2\] .*\(6, 2\): blocks of 5 rows.* it has 6"),
         ({Q: 2}, ValueError, r"blocks: got 2 .*\(4, 2\) that is not among .*; pass"),
-        ({VECTOR: 2}, ValueError, r"blocks: got 2 .*\(4,\), .*leave"),
-        ({VECTOR: [2, 2]}, ValueError, r"blocks: got \[2, 2\] .*\(4,\), .*leave"),
+        ({NUMBER: 1}, ValueError, r"blocks: got 1 .*without dimensions.*leave"),
     ],
 )
 def test_check_blocks_names_value_and_remedy(blocks, error, message):
     with pytest.raises(error, match=message):
-        check_blocks(blocks, [P, VECTOR])
+        check_blocks(blocks, [P, NUMBER])
 
 
 def test_check_blocks_accepts():
     for blocks in ({}, {P: 1}, {P: 3}, {P: 6}, {P: [6]}, {P: [1, 3, 2]}, {P: (5, 1)}):
-        check_blocks(blocks, iter([P, VECTOR]))
+        check_blocks(blocks, iter([P, NUMBER]))
 
 
 def test_heights_of_row_blocks():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import in_processes
 from sharded_cases import CASES, alone
-from sharded_models import OPTIONS, batches, fit, in_three, in_two, load, network, strips
+from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
 from adaqn_cuda import AdaQN
 
@@ -53,6 +53,24 @@ def test_shards_step_as_one_process_does(runs):
         if not (error < 1e-9 and alike and found[0].stats == expected.stats):
             wrong[name] = error, alike, found[0].stats, expected.stats
     assert not wrong
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_divided_states_step_as_one_process_does(name, runs):
+    """All processes have the same parameters, to the bit."""
+    expected = alone(name, len(runs))
+    for run in runs:
+        found = run["states"][name]
+        assert error_of(found.params, expected.params) < 1e-9
+        assert all(map(torch.equal, found.params, runs[0]["states"][name].params))
+        assert found.stats == expected.stats
+
+
+def test_divided_state_of_replicas(of_two):
+    """With a number and complex parameters; it goes on from what was saved."""
+    for after, again, _ in of_two[0]["replicas"], of_two[1]["replicas"]:
+        assert all(map(torch.equal, after, again))
+        assert all(map(torch.equal, after, of_two[0]["replicas"][0]))
 
 
 # --------------------------------------------------------------------------- fully_shard
@@ -123,11 +141,11 @@ def test_mistakes_are_told_in_every_process(of_two):
     expected = {
         "shapes": "RuntimeError: shard 0 has a parameter of shape (4, 3), torch.float32, and shard "
         "1 a parameter of shape (4, 4)",
-        "number": "RuntimeError: shard 0 has",
+        "number": "RuntimeError: shard 0 has 1 parameters, and shard 1 2 parameters; make the same",
         "dtypes": "RuntimeError: shard 0 has a parameter of shape (4, 3), torch.float32, and shard "
         "1 a parameter of shape (4, 3), torch.float64",
         "options": "RuntimeError: shard 0 has history_size=0, and shard 1 history_size=1",
-        "closures": "RuntimeError: curvature: 'difference' takes gradients without backward()",
+        "closures": "RuntimeError: curvature: 'difference' takes gradients of whole parameters",
     }
     for run in of_two:
         assert run["mistakes"].keys() == expected.keys()
