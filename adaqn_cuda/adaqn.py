@@ -134,8 +134,8 @@ class AdaQN(Optimizer):
         factor_interval (int, optional): calls of :meth:`step` between two updates of an eigenbasis.
             Bases take their turns, so that all calls but the first cost alike (default: 5).
         blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
-            on top of each other, such as gates or fused projections, and how many, or the rows of
-            each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM and GRU
+            (or vectors) on top of each other, such as gates or fused projections, and how many, or
+            the rows of each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM and GRU
             layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients or autocast at every pair update, with the
@@ -185,9 +185,15 @@ class AdaQN(Optimizer):
     monitor or ``curvature`` raises, nothing has changed either. Ctrl-C waits until a step is whole,
     or reaches a function of yours at once.
 
-    Every process must have whole parameters, as with ``DistributedDataParallel``; shards are
-    refused. ``ZeroRedundancyOptimizer`` serves where there are neither pairs nor ``max_grad_norm``;
-    every process then looks for infinities and outliers among its own parameters.
+    Processes have whole parameters, as with ``DistributedDataParallel``, or the same rows of each
+    that :func:`torch.distributed.fsdp.fully_shard` gives them. In the latter case, and with
+    ``state_sharding``, each steps its rows; what spans all of them is added up over the processes,
+    so that a step is that of one process whose ``blocks`` end where the rows of a process do. The
+    monitored loss is averaged over them, and ``curvature`` is ``"fisher"`` or ``"gradients"``. A
+    checkpoint loads in any number of processes, with ``"kronecker"`` if rows are divided evenly and
+    ``blocks`` end where they do. ``ZeroRedundancyOptimizer`` serves where there are neither pairs
+    nor ``max_grad_norm``; every process then looks for infinities and outliers among its own
+    parameters.
 
     Parameters, and tensors in ``state``, may be replaced, and parameters put into a group or taken
     out of it by hand: the next step goes on with what it finds. New parameters begin without state;
@@ -198,7 +204,7 @@ class AdaQN(Optimizer):
             is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
         RuntimeError: ``fused=True`` without native kernels, ``differentiable=True``, or a parameter
-            is a shard, of FSDP or tensor parallelism.
+            is divided among processes otherwise than by rows, or otherwise than another one.
 
     :meth:`step` raises these, too, for options that have been changed since.
 
@@ -217,6 +223,8 @@ class AdaQN(Optimizer):
     _step_supports_amp_scaling = True
     #: While a state_dict is loaded, the arena that it describes, if it has state.
     _incoming: Arena | None
+    _state_sharding: ProcessGroup | None
+    _shards_of_state: Shards | None
 
     def __init__(
         self,
@@ -325,7 +333,8 @@ class AdaQN(Optimizer):
             ValueError: an option differs from the optimizer's that may not, or a parameter lives
                 on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
-            RuntimeError: a parameter is a shard, of FSDP or tensor parallelism.
+            RuntimeError: a parameter is divided among processes otherwise than by rows, or
+                otherwise than the others.
         """
         if isinstance(param_group, dict):
             if "max_factor_dim" in param_group:
@@ -413,8 +422,8 @@ class AdaQN(Optimizer):
         self._seen_sizes: list[int] = []
         self._halfway = False
         self._warned_of_turns = False
-        self._state_sharding: Any = None
-        self._shards_of_state: Shards | None = None
+        self._state_sharding = None
+        self._shards_of_state = None
 
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
         """Buffers for all parameters under the options of ``groups``.

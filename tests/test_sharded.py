@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from processes import in_processes
@@ -9,6 +15,8 @@ from sharded_cases import CASES, alone
 from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
 from adaqn_cuda import AdaQN
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +159,23 @@ def test_mistakes_are_told_in_every_process(of_two):
         assert run["mistakes"].keys() == expected.keys()
         for name, beginning in expected.items():
             assert run["mistakes"][name].startswith(beginning), name
+
+
+# --------------------------------------------------------------------------- torchrun
+
+
+def test_the_example_goes_on_where_a_process_was_killed(tmp_path):
+    """Started anew, it takes up the checkpoint at 40 steps."""
+
+    def run(script):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "--monitor-interval=0.1", script, f"--save={tmp_path}",
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    assert "SIGKILL" in run("tests/failing.py").stderr
+    done = run("examples/distributed.py")
+    first, loss = re.search(r"from step (\d+), loss (\S+)", done.stdout).groups()
+    assert first == "40" and float(loss) < 0.01
