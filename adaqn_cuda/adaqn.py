@@ -135,8 +135,8 @@ class AdaQN(Optimizer):
             Bases take their turns, so that all calls but the first cost alike (default: 5).
         blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
             (or vectors) on top of each other, such as gates or fused projections, and how many, or
-            the rows of each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM and GRU
-            layers. In a group's dict, for that group (default: ``None``).
+            the rows of each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM
+            and GRU layers. In a group's dict, for that group (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients or autocast at every pair update, with the
             parameters holding the averaged iterate; should be deterministic, and the same on all
