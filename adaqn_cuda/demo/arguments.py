@@ -15,7 +15,7 @@ import torch
 from .. import AdaQN
 from ..options import INITS
 from ..version import __version__
-from . import fit
+from . import bench, fit
 from .equations import EQUATIONS
 from .models import KINDS
 from .optimizers import DEFAULT_LR, IRNN_LR, NAMES, PRESETS
@@ -106,6 +106,19 @@ def picture(text: str) -> Path:
     return path
 
 
+def sizes(text: str) -> tuple[tuple[int, ...], ...]:
+    """Shapes, as in ``768x768,768``."""
+    try:
+        shapes = tuple(tuple(int(n) for n in shape.split("x")) for shape in text.split(","))
+    except ValueError:
+        shapes = ()
+    if not shapes or any(not 1 <= n <= LARGEST for shape in shapes for n in shape):
+        raise argparse.ArgumentTypeError(
+            f"expected shapes of whole numbers from 1 on, as in 768x768,768, got {text!r}"
+        )
+    return shapes
+
+
 # --------------------------------------------------------------------------- options
 
 
@@ -115,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="adaqn",
         description="Train recurrent language models with adaQN and others, and physics-informed "
-        "networks with L-BFGS.",
+        "networks with L-BFGS; measure what a step costs.",
     )
     top.add_argument("--version", action="version", version=f"adaqn_cuda {__version__}")
     commands = top.add_subparsers(dest="command")
@@ -125,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands.add_parser("compare", help=text, **unset))
     text = "solve a differential equation with a physics-informed network and L-BFGS"
     _add_fit(commands.add_parser("fit", help=text, description=text, **unset))
+    text = "what a step of each optimizer costs on this machine"
+    _add_bench(commands.add_parser("bench", help=text, description=text, **unset))
     return top
 
 
@@ -169,6 +184,33 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
                         help="of the points and the initial parameters")  # fmt: skip
     parser.add_argument("--device", type=device, default=plain.device, help="a device of torch")
     _add_outputs(parser, "adaqn-fit.png", "the solution, its errors and the losses")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    plain = bench.Config
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--model", default=plain.model, metavar="MODEL",
+        help=f"{', '.join(KINDS)}, or MODULE:FUNCTION that returns a torch.nn.Module, as in "
+        "torchvision.models:resnet50",
+    )  # fmt: skip
+    what.add_argument(
+        "--sizes", type=sizes, metavar="AxB,C,...",
+        help="shapes of parameters, as in 768x768,768 (default: the model's)",
+    )  # fmt: skip
+    parser.add_argument("--hidden", type=positive, default=plain.hidden, metavar="N",
+                        help="width of the recurrent models")  # fmt: skip
+    parser.add_argument("--optimizers", default=",".join(plain.optimizers), metavar="A,B,...",
+                        help=f"some of {', '.join(bench.MAKERS)}")  # fmt: skip
+    parser.add_argument("--against", choices=tuple(bench.MAKERS),
+                        help="what the others are compared with (default: adam, or the last "
+                        "one)")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=plain.rounds, metavar="N",
+                        help="times that each is measured, in turn with the others")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"),
+                        default=plain.dtype, help="of the parameters")  # fmt: skip
+    parser.add_argument("--device", type=device, default=plain.device, help="a device of torch")
+    _add_outputs(parser, "adaqn-bench.png", "the times")
 
 
 def _default_rates() -> str:

@@ -1,24 +1,33 @@
-"""The command line: ``adaqn train``, ``adaqn compare`` and ``adaqn fit``."""
+"""The command line: ``adaqn train``, ``compare``, ``fit`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from ..diagnosis import report
-from . import checkpoint, fit
+from . import bench, checkpoint, fit
 from .arguments import ADAQN_ONLY, ADAQN_OPTIONS, Options, parser, rate
 from .conflicts import refuse_conflicts, refuse_shared_files
 from .data import Corpus, DataError, load_corpus
 from .interrupt import Interrupted, held_interrupts
 from .optimizers import NAMES
-from .plots import plot_comparison, plot_fit, plot_run
+from .plots import plot_bench, plot_comparison, plot_fit, plot_run
 from .progress import Progress
-from .report import draw, fit_table, introduce, introduce_fit, table, write
+from .report import (
+    bench_table,
+    draw,
+    fit_table,
+    introduce,
+    introduce_bench,
+    introduce_fit,
+    table,
+    write,
+)
 from .train import Config, Result, Run
 from .verdict import failure
 
@@ -32,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = "adaqn " + shlex.join(arguments)
     try:
-        commands = {"train": _train, "compare": _compare, "fit": _fit}
+        commands = {"train": _train, "compare": _compare, "fit": _fit, "bench": _bench}
         return commands[options.command](options, command)
     except DataError as error:
         return _complain(options, str(error), 2)
@@ -111,7 +120,7 @@ def _interrupted(options: Options, run: Run) -> int:
 
 
 def _compare(options: Options, command: str) -> int:
-    names = _optimizers(options.optimizers)
+    names = _optimizers(options.optimizers, NAMES)
     rates = _rates_by_name(options.lr or [], names)
     refuse_conflicts(options, names)
     corpus = load_corpus(options.data, options.level, options.vocab)
@@ -149,12 +158,12 @@ def _run_all(configs: Sequence[Config], corpus: Corpus) -> tuple[list[Result], b
     return results, False
 
 
-def _optimizers(text: str) -> list[str]:
+def _optimizers(text: str, known: Iterable[str]) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in NAMES:
+        if name not in known:
             raise DataError(
-                f"--optimizers {text}: {name!r} is unknown; expected some of {', '.join(NAMES)}"
+                f"--optimizers {text}: {name!r} is unknown; expected some of {', '.join(known)}"
             )
         if names.count(name) > 1:
             raise DataError(f"--optimizers {text}: {name} is there twice; name it once")
@@ -217,3 +226,42 @@ def _fit_all(runs: Sequence[fit.Fit]) -> tuple[list[fit.Result], bool]:
             finally:
                 progress.close()
     return results, False
+
+
+# --------------------------------------------------------------------------- bench
+
+
+def _bench(options: Options, command: str) -> int:
+    refuse_shared_files(options)
+    run = bench.Bench(_bench_config(options))
+    introduce_bench(run)
+    interrupted = False
+    progress = Progress("bench", run.total, unit="turn")
+    try:
+        with held_interrupts() as check:
+            run.on_step = progress.watcher(check)
+            run.run()
+    except Interrupted:
+        interrupted = True
+    finally:
+        progress.close()
+    print(bench_table(run))
+    write(options, command, [run])
+    draw(lambda: plot_bench(run, options.plot), options.plot)
+    return _complain(options, "interrupted", 130) if interrupted else 0
+
+
+def _bench_config(options: Options) -> bench.Config:
+    names = _optimizers(options.optimizers, bench.MAKERS)
+    against = options.against if options.given("against") else _usual_rival(names)
+    if against not in names:
+        raise DataError(
+            f"--against {against}: it is not among --optimizers {options.optimizers}; add it there"
+        )
+    known = {field.name for field in fields(bench.Config)}
+    common = {name: value for name, value in vars(options).items() if name in known}
+    return bench.Config(**{**common, "optimizers": tuple(names), "against": against})
+
+
+def _usual_rival(names: list[str]) -> str:
+    return bench.Config.against if bench.Config.against in names else names[-1]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import fit
+from . import bench, fit
 from .equations import Collocation, Network
 from .train import Result
 
@@ -136,6 +136,38 @@ def plot_fit(task: Collocation, network: Network, results: list[fit.Result], pat
     losses.set(xlabel="evaluation", ylabel="lowest loss so far")
     losses.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{task.equation.title}, seed {results[0].config['seed']}", fontsize=10)
+    figure.savefig(path)
+
+
+def plot_bench(run: bench.Bench, path: Path) -> None:
+    """Median and quartiles of each optimizer's step, and how it compares.
+
+    Raises:
+        PlotUnavailable: matplotlib is not installed.
+    """
+    figure = _figure(8)
+    ax = figure.subplots()
+    rows = run.measured()[::-1]
+    rival = next((row for row in rows if row.name == run.config.against), None)
+    medians = [row.median for row in rows]
+    errors = [[abs(row.median - row.spread[side]) for row in rows] for side in (0, 1)]
+    colours = [COLOURS.get(row.name.partition("-")[0], "#999999") for row in rows]
+    ax.barh([row.name for row in rows], medians, xerr=errors, color=colours, height=0.6)
+    for place, row in enumerate(rows):
+        ratio = "" if rival is None else f" ({row.ratio_to(rival):.2f} x {rival.name})"
+        ax.annotate(
+            f"{row.median:,.0f}{ratio}", (row.spread[1], place), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+    ax.margins(x=0.3)
+    ax.set_xlim(left=0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("microseconds per step: median and quartiles of the rounds")
+    of = "shapes of --sizes" if run.config.sizes else run.config.model
+    ax.set_title(
+        f"{of}: {run.numel:,} parameters in {len(run.shapes)} tensors, {run.config.dtype}, on "
+        f"{run.config.device}", fontsize=10,
+    )  # fmt: skip
     figure.savefig(path)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..version import __version__
-from . import fit
+from . import bench, fit
 from .equations import WIDTHS
 from .numbers import write_json
 from .plots import PlotUnavailable
@@ -72,12 +72,39 @@ def fit_table(results: list[fit.Result]) -> str:
     return "\n".join(lines)
 
 
+def introduce_bench(run: bench.Bench) -> None:
+    config = run.config
+    of = "tensors of --sizes" if config.sizes else f"tensors of {config.model}"
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    print(
+        f"{run.numel:,} parameters in {len(run.shapes):,} {of}, {config.dtype}, on "
+        f"{config.device}{threads}"
+    )
+
+
+def bench_table(run: bench.Bench) -> str:
+    against = f"x {run.config.against}"
+    head = f"{'optimizer':14} {'us/step':>9} {'quartiles':>17} {'longest':>9} {against:>9} "
+    head += f"{'bytes/param':>11}"
+    lines = [head, "-" * len(head)]
+    rows = {row.name: row for row in run.measured()}
+    rival = rows.get(run.config.against)
+    for row in rows.values():
+        low, high = row.spread
+        ratio = "" if rival is None else f"{row.ratio_to(rival):.2f}"
+        lines.append(
+            f"{row.name:14} {row.median:9,.0f} {f'{low:,.0f}..{high:,.0f}':>17} {row.worst:9,.0f} "
+            f"{ratio:>9} {row.state:11.1f}"
+        )
+    return "\n".join(lines)
+
+
 def _loss(value: float, width: int) -> str:
     return f"{value:{width}.3f}" if value < 1e5 else f"{value:{width}.1e}"
 
 
 def write(
-    options: argparse.Namespace, command: str, results: Sequence[Result | fit.Result]
+    options: argparse.Namespace, command: str, results: Sequence[Result | fit.Result | bench.Bench]
 ) -> None:
     if options.json is None:
         return
