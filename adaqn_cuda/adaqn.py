@@ -20,12 +20,15 @@ from .curvature import Product
 from .interrupts import uninterrupted
 from .layout import Counter, Loss
 from .options import (
+    AVERAGED,
     CHECKS,
     COMMON,
     GROUPED,
     LiveOptions,
+    agreed_options,
     check_callable,
     common_options,
+    has_momentum,
     validate,
     validate_group,
 )
@@ -157,19 +160,25 @@ class AdaQN(Optimizer):
         differentiable (bool, optional): must be ``False``.
         max_factor_dim (int, optional): deprecated name of ``block_size``.
 
-    ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
-    so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
-    else is common to all, because the curvature is one matrix. Options may be changed while
-    training, but for those that give the state its shape; a change that cannot be honoured raises
-    at the next step. Parameters without a gradient stand still: no decay, no momentum, no
-    direction. A step without any gradient does nothing and is not counted. Averages count the steps
-    of all: a parameter that gets its first gradient late begins with longer steps, up to ten times,
-    for some tens of steps; warm its ``lr`` up where that matters.
+    ``lr``, ``weight_decay``, ``momentum``, ``decay``, ``eps``, ``init``, ``block_size`` and
+    ``blocks`` may differ between parameter groups; ``init="scalar"`` is for all or for none. The
+    other options are one for all groups, because pairs, the norm of the gradient, the count of
+    steps and the turns of factors are; a group that asks for another value is refused with the
+    reason. Groups that all give the same value of such an option need not repeat it in the
+    constructor. With pairs, momenta that differ cost two more passes over :math:`s` in every step;
+    on a GPU, neighbouring groups whose averages differ are stepped by launches of their own.
+
+    Options may be changed while training, but for those that give the state its shape; a change
+    that cannot be honoured raises at the next step. Parameters without a gradient stand still: no
+    decay, no momentum, no direction. A step without any gradient does nothing and is not counted.
+    Averages count the steps of all: a parameter that gets its first gradient late begins with
+    longer steps, up to ten times, for some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
     ``"kronecker"``, where anything has factors, divides a gradient that is more than 1,000 times as
-    long as the root of the average :math:`|g|^2` down to that.
+    long as the root of the average :math:`|g|^2` down to that; it is of all parameters, and decays
+    by the largest ``decay`` of the groups.
 
     A step whose gradient holds an infinity or a NaN (or overflowed under
     :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]`` and the number
@@ -186,8 +195,8 @@ class AdaQN(Optimizer):
     pairs are dropped where a parameter has gone.
 
     Raises:
-        ValueError: an option is out of range, a common option differs between groups, or something
-            is to be called at pair updates and there are none.
+        ValueError: an option is out of range, one that is for all groups differs between them, or
+            something is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
         RuntimeError: ``fused=True`` without native kernels, ``differentiable=True``, or a parameter
             is a shard, of FSDP or tensor parallelism.
@@ -253,7 +262,10 @@ class AdaQN(Optimizer):
             values = {**values, "curvature": "product"}
         defaults = {name: values[name] for name in CHECKS}
         validate(defaults)
-        if history_size > 0 or max_grad_norm < inf:
+        if not isinstance(params, (Tensor, dict)):  # which torch refuses
+            params = list(params)
+            defaults.update(agreed_options(params, defaults))
+        if defaults["history_size"] > 0 or defaults["max_grad_norm"] < inf:
             check_not_divided(
                 "curvature pairs and max_grad_norm are of all of them; pass history_size=0 and "
                 "max_grad_norm=inf, or use AdaQN by itself"
@@ -270,7 +282,7 @@ class AdaQN(Optimizer):
                 group["blocks"] = [as_blocks(blocks.get(p, 1)) for p in group["params"]]
             self._note_blocks()
         if fused:
-            ops.select_backend(self._parameters()[0].device, fused)
+            ops.check_fused(self._parameters()[0].device)
 
     # ------------------------------------------------------------------ functions of the user's
 
@@ -309,11 +321,13 @@ class AdaQN(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
-        Parameters added during training join the stored pairs and gradients with zeros.
+        Parameters added during training join the stored pairs and gradients with zeros. Options
+        that may differ between groups default to the constructor's, as with torch's optimizers, or
+        to those of a loaded state on which all groups agree; the others are as they are now.
 
         Raises:
-            ValueError: an option differs from the optimizer's that may not, or a parameter lives
-                on another device than the state.
+            ValueError: an option differs from the optimizer's that is one for all groups, or a
+                parameter lives on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
             RuntimeError: a parameter is a shard, of FSDP or tensor parallelism.
         """
@@ -383,7 +397,7 @@ class AdaQN(Optimizer):
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
         """Buffers for all parameters under the options of ``groups``.
 
-        With ``momentum``, there is room for it even where it is zero now.
+        With ``momentum``, there is room for it even where it is zero in all of them now.
         """
         params = self._parameters()
         check_device(params)
@@ -392,6 +406,7 @@ class AdaQN(Optimizer):
             blocks = [n for group in groups for n in group["blocks"]]
             check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n != 1}, params)
             plan = self._plan(groups)
+            momentum = momentum or has_momentum(groups)
             return Arena(params, Sizes.of(params, common_options(groups), plan, momentum), plan)
 
     def _bind(self, arena: Arena | None, calls: int) -> None:
@@ -425,7 +440,7 @@ class AdaQN(Optimizer):
             self._match_blocks()
         if self._arena is None:
             return
-        if self._common()["momentum"] > 0 and self._arena.momentum is None:
+        if has_momentum(self.param_groups) and self._arena.momentum is None:
             self._refit()
         else:
             self._settle()
@@ -688,7 +703,8 @@ class AdaQN(Optimizer):
         """What the state takes, allocated or not, and the factors in it."""
         self._match_blocks()
         plan = self._plan(self.param_groups)
-        return Sizes.of(self._parameters(), self._common(), plan), plan
+        momentum = has_momentum(self.param_groups)
+        return Sizes.of(self._parameters(), self._common(), plan, momentum), plan
 
     def __repr__(self) -> str:
         sizes, plan = self._foreseen()
@@ -765,7 +781,8 @@ class AdaQN(Optimizer):
         sizes_match = [len(group["params"]) for group in groups] == [
             len(group["params"]) for group in self.param_groups
         ]
-        if not any(entries.values()) or not sizes_match:  # torch reports a mismatch
+        filed = [entry for key, entry in entries.items() if not isinstance(key, str)]
+        if not any(filed) or not sizes_match:  # torch reports a mismatch
             return None
         keys = [key for group in groups for key in group["params"]]
         return self._assemble([entries.get(key, {}) for key in keys], groups, complete=True)
@@ -796,7 +813,7 @@ class AdaQN(Optimizer):
             self._hooks = Hooks(None, None, None)
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
-        for name in GROUPED:  # groups that are added take what is loaded, too
+        for name in (*GROUPED, *AVERAGED):  # groups that are added take what is loaded, too
             if len({group[name] for group in self.param_groups}) == 1:
                 self.defaults[name] = self.param_groups[0][name]
         self._note_blocks()

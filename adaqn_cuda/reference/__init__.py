@@ -60,10 +60,14 @@ a reset, which drops all momentum, leaves their w.
 
 from .acceptance import count_step, step_is_accepted
 from .averages import (
+    Averages,
+    Run,
+    averages_of_each,
     bias_correction,
     clip_factor,
     look_ahead_from_new,
     old_and_new,
+    runs_of,
 )
 from .descent import diagonal_step
 from .direction import (
@@ -72,7 +76,9 @@ from .direction import (
     direction_pass2,
     direction_pass3,
     direction_step,
+    moments_anew,
     moving_moments,
+    projections_by_run,
 )
 from .flat import flatten, gradient_vector, presence, write_back
 from .iterate import average, iterate_restore, iterate_swap
@@ -109,7 +115,10 @@ from .secant import (
 )
 
 __all__ = [
+    "Averages",
+    "Run",
     "average",
+    "averages_of_each",
     "backward_coefficients",
     "bias_correction",
     "clip_factor",
@@ -136,11 +145,14 @@ __all__ = [
     "kronecker_apply",
     "kronecker_step",
     "look_ahead_from_new",
+    "moments_anew",
     "moving_moments",
     "newest_slot",
     "old_and_new",
     "presence",
     "product",
+    "projections_by_run",
+    "runs_of",
     "scalar_initial_matrix",
     "secant_combine",
     "secant_decide",
