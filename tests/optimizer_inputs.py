@@ -124,17 +124,19 @@ class Subject:
         make: its class.
         name: of its options.
         options: by name.
-        fused: where it runs.
+        fused: as of the optimizer.
+        device: where the parameters are.
     """
 
     make: Callable[..., Optimizer]
     name: str
     options: dict[str, Any]
     fused: bool | None
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
-        where = "native" if self.fused is None else "reference"
+        where = self.device if self.fused is None else "reference"
         return f"{self.make.__name__}-{self.name}-{where}"
 
     @property
