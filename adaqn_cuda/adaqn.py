@@ -20,12 +20,15 @@ from .curvature import Product
 from .interrupts import uninterrupted
 from .layout import Counter, Loss
 from .options import (
+    AVERAGED,
     CHECKS,
     COMMON,
     GROUPED,
     LiveOptions,
+    agreed_options,
     check_callable,
     common_options,
+    has_momentum,
     validate,
     validate_group,
 )
@@ -165,19 +168,25 @@ class AdaQN(Optimizer):
             parameters are the same to the bit then (default: ``None``).
         max_factor_dim (int, optional): deprecated name of ``block_size``.
 
-    ``lr``, ``weight_decay``, ``blocks`` and ``block_size`` may differ between parameter groups, and
-    so may ``init`` where it is ``"kronecker"`` or ``"rmsprop"``, e.g. for embeddings; everything
-    else is common to all, because the curvature is one matrix. Options may be changed while
-    training, but for those that give the state its shape; a change that cannot be honoured raises
-    at the next step. Parameters without a gradient stand still: no decay, no momentum, no
-    direction. A step without any gradient does nothing and is not counted. Averages count the steps
-    of all: a parameter that gets its first gradient late begins with longer steps, up to ten times,
-    for some tens of steps; warm its ``lr`` up where that matters.
+    ``lr``, ``weight_decay``, ``momentum``, ``decay``, ``eps``, ``init``, ``block_size`` and
+    ``blocks`` may differ between parameter groups; ``init="scalar"`` is for all or for none. The
+    other options are one for all groups, because pairs, the norm of the gradient, the count of
+    steps and the turns of factors are; a group that asks for another value is refused with the
+    reason. Groups that all give the same value of such an option need not repeat it in the
+    constructor. With pairs, momenta that differ cost two more passes over :math:`s` in every step;
+    on a GPU, neighbouring groups whose averages differ are stepped by launches of their own.
+
+    Options may be changed while training, but for those that give the state its shape; a change
+    that cannot be honoured raises at the next step. Parameters without a gradient stand still: no
+    decay, no momentum, no direction. A step without any gradient does nothing and is not counted.
+    Averages count the steps of all: a parameter that gets its first gradient late begins with
+    longer steps, up to ten times, for some tens of steps; warm its ``lr`` up where that matters.
 
     The norm of the gradient is clipped to 2^62 in any case (2^510 in float64), so that its square
     is finite (in float64, one that is infinite itself makes it a gradient of zero), and
     ``"kronecker"``, where anything has factors, divides a gradient that is more than 1,000 times as
-    long as the root of the average :math:`|g|^2` down to that.
+    long as the root of the average :math:`|g|^2` down to that; it is of all parameters, and decays
+    by the largest ``decay`` of the groups.
 
     A step whose gradient holds an infinity or a NaN (or overflowed under
     :class:`torch.amp.GradScaler`) changes nothing but ``stats()["steps_skipped"]`` and the number
@@ -200,8 +209,8 @@ class AdaQN(Optimizer):
     pairs are dropped where a parameter has gone.
 
     Raises:
-        ValueError: an option is out of range, a common option differs between groups, or something
-            is to be called at pair updates and there are none.
+        ValueError: an option is out of range, one that is for all groups differs between them, or
+            something is to be called at pair updates and there are none.
         TypeError: an option has the wrong type, or a parameter is not floating-point or complex.
         RuntimeError: ``fused=True`` without native kernels, ``differentiable=True``, or a parameter
             is divided among processes otherwise than by rows, or otherwise than another one.
@@ -270,7 +279,10 @@ class AdaQN(Optimizer):
             values = {**values, "curvature": "product"}
         defaults = {name: values[name] for name in CHECKS}
         validate(defaults)
-        if history_size > 0 or max_grad_norm < inf:
+        if not isinstance(params, (Tensor, dict)):  # which torch refuses
+            params = list(params)
+            defaults.update(agreed_options(params, defaults))
+        if defaults["history_size"] > 0 or defaults["max_grad_norm"] < inf:
             check_not_divided(
                 "curvature pairs and max_grad_norm are of all of them; pass history_size=0 and "
                 "max_grad_norm=inf, or use AdaQN by itself"
@@ -288,7 +300,7 @@ class AdaQN(Optimizer):
                 group["blocks"] = [as_blocks(blocks.get(p, 1)) for p in group["params"]]
             self._note_blocks()
         if fused:
-            ops.select_backend(self._parameters()[0].device, fused)
+            ops.check_fused(self._parameters()[0].device)
 
     # ------------------------------------------------------------------ functions of the user's
 
@@ -327,11 +339,13 @@ class AdaQN(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
-        Parameters added during training join the stored pairs and gradients with zeros.
+        Parameters added during training join the stored pairs and gradients with zeros. Options
+        that may differ between groups default to the constructor's, as with torch's optimizers, or
+        to those of a loaded state on which all groups agree; the others are as they are now.
 
         Raises:
-            ValueError: an option differs from the optimizer's that may not, or a parameter lives
-                on another device than the state.
+            ValueError: an option differs from the optimizer's that is one for all groups, or a
+                parameter lives on another device than the state.
             TypeError: a parameter is neither floating-point nor complex.
             RuntimeError: a parameter is divided among processes otherwise than by rows, or
                 otherwise than the others.
@@ -428,7 +442,7 @@ class AdaQN(Optimizer):
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
         """Buffers for all parameters under the options of ``groups``.
 
-        With ``momentum``, there is room for it even where it is zero now.
+        With ``momentum``, there is room for it even where it is zero in all of them now.
         """
         params, shards = self._parameters(), self._shards()
         check_device(params)
@@ -437,6 +451,7 @@ class AdaQN(Optimizer):
             blocks = [n for group in groups for n in group["blocks"]]
             check_blocks({p: n for p, n in zip(params, blocks, strict=True) if n != 1}, params)
             plan = self._plan(groups)
+            momentum = momentum or has_momentum(groups)
             sizes = Sizes.of(params, common_options(groups), plan, momentum, shards)
             return Arena(params, sizes, plan, shards)
 
@@ -471,7 +486,7 @@ class AdaQN(Optimizer):
             self._match_blocks()
         if self._arena is None:
             return
-        if self._common()["momentum"] > 0 and self._arena.momentum is None:
+        if has_momentum(self.param_groups) and self._arena.momentum is None:
             self._refit()
         else:
             self._settle()
@@ -770,7 +785,8 @@ class AdaQN(Optimizer):
         """What the state takes, allocated or not, and the factors in it."""
         self._match_blocks()
         plan = self._plan(self.param_groups)
-        return Sizes.of(self._parameters(), self._common(), plan, shards=self._shards()), plan
+        momentum = has_momentum(self.param_groups)
+        return Sizes.of(self._parameters(), self._common(), plan, momentum, self._shards()), plan
 
     def __repr__(self) -> str:
         sizes, plan = self._foreseen()
@@ -847,9 +863,12 @@ class AdaQN(Optimizer):
         sizes_match = [len(group["params"]) for group in groups] == [
             len(group["params"]) for group in self.param_groups
         ]
-        if not any(entries.values()) or not sizes_match:  # torch reports a mismatch
-            return None
         keys = [key for group in groups for key in group["params"]]
+        # Parameters go by number, or by name; other names are the user's.
+        named = {key for key in entries if isinstance(key, str)}.difference(keys)
+        filed = [entry for key, entry in entries.items() if key not in named]
+        if not any(filed) or not sizes_match:  # torch reports a mismatch
+            return None
         return self._assemble([entries.get(key, {}) for key in keys], groups, complete=True)
 
     def _assemble(
@@ -878,7 +897,7 @@ class AdaQN(Optimizer):
             self._hooks = Hooks(None, None, None)
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
-        for name in GROUPED:  # groups that are added take what is loaded, too
+        for name in (*GROUPED, *AVERAGED):  # groups that are added take what is loaded, too
             if len({group[name] for group in self.param_groups}) == 1:
                 self.defaults[name] = self.param_groups[0][name]
         self._note_blocks()

@@ -96,13 +96,10 @@ class Sizes:
         params: Iterable[Tensor],
         options: Mapping[str, Any],
         plan: Plan | None,
-        momentum: bool = False,
+        momentum: bool,
         shards: Shards | None = None,
     ) -> Sizes:
-        """Sizes for ``params``, the optimizer's common ``options``, and the plan of factors.
-
-        With ``momentum``, there is room for it even where the options say that it is zero now.
-        """
+        """Sizes for ``params``, the optimizer's common ``options``, and the plan of factors."""
         real = [own_part(p, shards) for p in params]
         dtype = state_dtype(real)
         of_gradients = options["curvature"] == "fisher"
@@ -113,7 +110,7 @@ class Sizes:
             fisher_size=options["fisher_size"] if of_gradients else 1,
             init=options["init"],
             factors=None if plan is None else plan.factors,
-            momentum=momentum or options["momentum"] > 0,
+            momentum=momentum,
             gradients=options["curvature"] == "gradients" and options["history_size"] > 0,
             in_passes=shards is not None or options["history_size"] > 0,
             history_dtype=options["history_dtype"] or dtype,

@@ -216,7 +216,7 @@ class LBFGS(Optimizer):
         self._prepare()
         super().__init__(params, defaults)
         if fused:
-            ops.select_backend(self._parameters()[0].device, fused)
+            ops.check_fused(self._parameters()[0].device)
 
     def _prepare(self) -> None:
         """What is neither option nor state."""

@@ -31,8 +31,9 @@ SCHEMAS = {
     ),
     "direction_pass2": (
         "(Tensor[] params, Tensor?[] grads, Tensor y_ring, Tensor gram, Tensor counters, "
-        "Tensor projections, Tensor? grad_scale, bool maximize, float max_grad_norm, float beta, "
-        "float keep, float add, float eps, bool correct_bias, bool identity, "
+        "Tensor projections, Tensor? grad_scale, bool maximize, float max_grad_norm, "
+        "float[] betas, float[] keeps, float[] adds, float[] epsilons, bool correct_bias, "
+        "int[] group_sizes, bool identity, "
         "Tensor(a!)? momentum, Tensor(b!)? accumulator, Tensor(c!) fisher, Tensor(d!) direction, "
         "Tensor(e!) images) -> ()"
     ),
@@ -49,28 +50,30 @@ SCHEMAS = {
     ),
     "diagonal_step": (
         "(Tensor(a!)[] params, Tensor?[] grads, Tensor? grad_scale, Tensor? found_inf, "
-        "bool maximize, float max_grad_norm, float beta, float keep, float add, float eps, "
-        "bool correct_bias, int[] group_sizes, float[] lr, float[] weight_decay, "
+        "bool maximize, float max_grad_norm, float[] betas, float[] keeps, float[] adds, "
+        "float[] epsilons, bool correct_bias, int[] group_sizes, float[] lr, float[] weight_decay, "
         "Tensor? lr_tensor, Tensor? weight_decay_tensor, Tensor(b!)? momentum, "
         "Tensor(c!)? accumulator, Tensor(d!) projections, Tensor(e!) counters) -> ()"
     ),
     "kronecker_step": (
         "(Tensor(a!)[] params, Tensor?[] grads, Tensor table, Tensor? grad_scale, "
-        "Tensor? found_inf, bool maximize, float max_grad_norm, float beta, float keep, float eps, "
-        "bool correct_bias, int call, int interval, int[] group_sizes, float[] lr, "
-        "float[] weight_decay, Tensor? lr_tensor, Tensor? weight_decay_tensor, "
+        "Tensor? found_inf, bool maximize, float max_grad_norm, float[] betas, float[] keeps, "
+        "float[] adds, float[] epsilons, bool correct_bias, float square_keep, int call, "
+        "int interval, int[] group_sizes, float[] lr, float[] weight_decay, Tensor? lr_tensor, "
+        "Tensor? weight_decay_tensor, "
         "Tensor(b!)? momentum, Tensor(c!) accumulator, Tensor(d!) factors, Tensor(e!) bases, "
         "Tensor(f!) square, Tensor(g!) projections, Tensor(h!) counters) -> ()"
     ),
     "kronecker_accumulate": (
         "(Tensor[] params, Tensor?[] grads, Tensor table, Tensor projections, Tensor counters, "
-        "Tensor? grad_scale, bool maximize, float max_grad_norm, float keep, int call, "
-        "int interval, Tensor(a!) accumulator, Tensor(b!) factors, Tensor(c!) bases, "
-        "Tensor(d!) square) -> ()"
+        "Tensor? grad_scale, bool maximize, float max_grad_norm, int[] group_sizes, "
+        "float[] keeps, float[] adds, float square_keep, int call, int interval, "
+        "Tensor(a!) accumulator, Tensor(b!) factors, Tensor(c!) bases, Tensor(d!) square) -> ()"
     ),
     "kronecker_apply": (
-        "(Tensor table, Tensor counters, Tensor accumulator, Tensor bases, float keep, float eps, "
-        "bool correct_bias, int pending, bool inverse, Tensor(a!) x) -> ()"
+        "(Tensor table, Tensor counters, Tensor accumulator, Tensor bases, int[] group_sizes, "
+        "float[] keeps, float[] epsilons, bool correct_bias, int pending, bool inverse, "
+        "Tensor(a!) x) -> ()"
     ),
     "iterate_swap": (
         "(Tensor(a!)[] params, Tensor iterate_sum, Tensor projections, Tensor counters, "
@@ -174,6 +177,16 @@ def load_kernels(device: torch.device, fused: bool | None, **kinds: Any) -> None
     """Load CUDA kernels, as :func:`native.load_cuda_kernels` does, where they are to run."""
     if device.type == "cuda" and fused is not False and native_obstacle(device) is None:
         native.load_cuda_kernels(_index(device), **kinds)
+
+
+def check_fused(device: torch.device) -> None:
+    """For an optimizer whose ``fused`` is ``True``; parameters without data may get it yet.
+
+    Raises:
+        RuntimeError: there are no native kernels for ``device``.
+    """
+    if device.type != "meta":
+        select_backend(device, True)
 
 
 def select_backend(device: torch.device, fused: bool | None) -> Backend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .watch import differ
 
-#: Initial matrices, and those of them that parameter groups may mix: a diagonal needs no factors.
+#: Initial matrices, and those of them that groups may mix: the scalar one is of all parameters.
 INITS = ("adagrad", "rmsprop", "scalar", "kronecker")
-MIXED = ("kronecker", "rmsprop")
+MIXED = ("kronecker", "rmsprop", "adagrad")
 #: Where y comes from; "product" is a callable that the user gives.
 CURVATURES = ("fisher", "gradients", "difference", "product")
 
@@ -47,8 +47,9 @@ def number(
 def _check_tensor(name: str, value: Tensor) -> None:
     """Check what is known of a tensor without a look at its value."""
     if name not in PER_GROUP or value.numel() != 1 or value.is_complex():
+        rule = f"; Tensor {name} must be 1-element and real" if name in PER_GROUP else ""
         raise ValueError(
-            f"{name}: expected {_kind(name)}, got a tensor of shape {tuple(value.shape)}"
+            f"{name}: expected {_kind(name)}, got a tensor of shape {tuple(value.shape)}{rule}"
         )
 
 
@@ -136,10 +137,37 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 #: Options that may differ between parameter groups, and give the state its shape.
 GROUPED = ("init", "block_size")
-#: Options that all groups share.
-COMMON = tuple(name for name in CHECKS if name not in (*PER_GROUP, *GROUPED))
+#: Those that may differ and say how a group's gradients are averaged.
+AVERAGED = ("decay", "eps", "momentum")
+#: All that may differ.
+DIFFERING = (*PER_GROUP, *GROUPED, *AVERAGED)
+
+_PAIRS = "curvature pairs are of all parameters together"
+_CALLS = "one call steps all parameters"
+#: Options that all groups share, and why.
+COMMON = {
+    "history_size": _PAIRS,
+    "fisher_size": _PAIRS,
+    "update_interval": _PAIRS,
+    "curvature": _PAIRS,
+    "min_curvature": _PAIRS,
+    "max_increase": _PAIRS,
+    "damping": _PAIRS,
+    "max_direction": _PAIRS,
+    "history_dtype": _PAIRS,
+    "fisher_dtype": _PAIRS,
+    "bias_correction": "steps are counted for all parameters together",
+    "max_grad_norm": "the norm is that of the whole gradient",
+    "max_vector_dim": "there is one plan of factors; init='rmsprop' leaves a group without any",
+    "factor_interval": "factors of all parameters take turns",
+    "maximize": "there is one objective",
+    "fused": _CALLS,
+    "foreach": _CALLS,
+    "capturable": _CALLS,
+    "differentiable": _CALLS,
+}
 #: Options that are looked at again only where they have changed.
-WATCHED = (*COMMON, *GROUPED)
+WATCHED = (*COMMON, *GROUPED, *AVERAGED)
 
 
 def common_options(groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,6 +177,32 @@ def common_options(groups: list[dict[str, Any]]) -> dict[str, Any]:
     if mixed and first.get("init") != "kronecker":
         return {**first, "init": "kronecker"}
     return first
+
+
+def agreed_options(params: list[Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that all of these parameter groups give alike, and that ``defaults`` must follow.
+
+    Those are the common ones, and an initial matrix that may not meet the default's.
+    """
+    if not params or not all(isinstance(group, dict) for group in params):
+        return {}
+    for group in params:
+        validate(group)
+    first, *others = params
+    agreed = {
+        name: value
+        for name, value in first.items()
+        if name in (*COMMON, "init")
+        and all(name in group and group[name] == value for group in others)
+    }
+    if {agreed.get("init"), defaults["init"]}.issubset(MIXED):
+        del agreed["init"]
+    return agreed
+
+
+def has_momentum(groups: list[dict[str, Any]]) -> bool:
+    """Whether any of them has."""
+    return any(group["momentum"] > 0 for group in groups)
 
 
 def validate(options: dict[str, Any]) -> None:
@@ -166,14 +220,14 @@ def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
             continue
         raise ValueError(
             f"{name}: a parameter group asks for {group[name]!r}, but the optimizer has "
-            f"{common[name]!r}; only {', '.join((*PER_GROUP, *GROUPED))} may differ between "
-            "groups, because the curvature is one matrix over all of them"
+            f"{common[name]!r}, and {COMMON[name]}; give all groups the same. Only "
+            f"{', '.join(DIFFERING)} may differ"
         )
     found = {group.get("init", common["init"]), common["init"]}
     if len(found) > 1 and not found.issubset(MIXED):
         raise ValueError(
             f"init: a parameter group asks for {group['init']!r}, but the optimizer has "
-            f"{common['init']!r}; only {' and '.join(MIXED)} may be mixed"
+            f"{common['init']!r}; only {', '.join(MIXED)} may be mixed"
         )
 
 

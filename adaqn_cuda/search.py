@@ -198,8 +198,9 @@ class Search:
         ]
         self.op.kronecker_accumulate(
             self.params, parts, h.table, h.projections, h.counters, None, False,
-            largest_norm(h.dtype), options["decay"], self._call(), options["factor_interval"],
-            h.accumulator, h.factors, h.bases, h.square,
+            largest_norm(h.dtype), [len(parts)], [options["decay"]], [1 - options["decay"]],
+            options["decay"], self._call(), options["factor_interval"], h.accumulator, h.factors,
+            h.bases, h.square,
         )  # fmt: skip
         newest = reference.newest_slot(h.counters, h.slots)
         y = h.y_ring.index_select(0, newest)[0].to(h.dtype)
@@ -224,8 +225,8 @@ class Search:
         """x = K x."""
         h, options = self.h, self.options
         self.op.kronecker_apply(
-            h.table, h.counters, h.accumulator, h.bases, options["decay"], options["eps"], True, 0,
-            False, x,
+            h.table, h.counters, h.accumulator, h.bases, [len(self.params)], [options["decay"]],
+            [options["eps"]], True, 0, False, x,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ decided on the device

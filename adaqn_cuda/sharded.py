@@ -52,15 +52,22 @@ class ShardedCall(Call):
 
     def _measure(self, moments: Tensor) -> None:
         """u = S q: the part of S m is known everywhere, and that of S g is added up unclipped."""
-        a, (maximize, limit, beta) = self.a, self._gradient_options()
+        a, own, (maximize, limit) = self.a, self.settings, self._gradient_options()
         self.op.direction_pass1(
-            self.params, self.grads, a.s_ring, a.counters, self.grad_scale,
-            self.settings.found_inf, maximize, inf, beta, torch.zeros_like(moments), a.projections,
+            self.params, self.grads, a.s_ring, a.counters, self.grad_scale, own.found_inf,
+            maximize, inf, own.betas[0], torch.zeros_like(moments), a.projections,
         )  # fmt: skip
         self.shards.total(a.projections)
-        of_m, _ = reference.old_and_new(a.counters, beta)
+        of_m, _ = reference.old_and_new(a.counters, own.betas[0])
         of_g = a.projections[: len(moments)]
         of_g.mul_(reference.clip_factor(a.projections, limit)).add_(of_m * moments)
+
+    def _project_by_run(self) -> None:
+        super()._project_by_run()
+        self.shards.total(self.a.projections[: Flag.NONFINITE])
+
+    def _moments_anew(self) -> Tensor:
+        return self.shards.total(super()._moments_anew())
 
     def _descend(self, moments: Tensor) -> None:
         if self.has_pairs:
@@ -72,7 +79,7 @@ class ShardedCall(Call):
 
     def _descend_capped(self, moments: Tensor) -> None:
         """p, then its norm over all processes, then pass 3 along it as if there were no pairs."""
-        a, beta = self.a, self.common["momentum"]
+        a, beta = self.a, self.settings.betas[0]
         p, here = held(a.direction), reference.presence(self.params, self.grads)
         c = reference.forward_coefficients(a.gram, a.counters, a.projections, a.images)
         p.add_(c.to(p.dtype) @ a.s_ring.to(p.dtype))

@@ -47,12 +47,16 @@ class Settings:
         common: options of the whole optimizer.
         rates: sizes of the groups, then per group ``lr`` and ``weight_decay`` by value, then both
             as tensors, where one is a tensor.
+        averages: per group, how its gradients are averaged.
+        square_keep: decay of the average of the whole |g|^2: the slowest of the groups'.
         grad_scale: what the gradients have been multiplied with.
         found_inf: whether they overflowed.
     """
 
     common: Mapping[str, Any]
     rates: tuple[Any, ...]
+    averages: tuple[reference.Averages, ...]
+    square_keep: float
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
@@ -75,21 +79,52 @@ class Settings:
                 values.append([float(option) for option in options])
                 tensors.append(None)
         sizes = [len(group["params"]) for group in groups]
-        return cls(common_options(groups), (sizes, *values, *tensors), grad_scale, found_inf)
+        averages = tuple(map(averages_of, groups))
+        rates = (sizes, *values, *tensors)
+        square_keep = max(group["decay"] for group in groups)
+        return cls(common_options(groups), rates, averages, square_keep, grad_scale, found_inf)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Parameters of each group."""
+        return self.rates[0]
+
+    @property
+    def betas(self) -> list[float]:
+        """Decays of the groups' momentum."""
+        return [own.beta for own in self.averages]
+
+    @property
+    def keeps(self) -> list[float]:
+        """Weights of the old v in the new one."""
+        return [own.keep for own in self.averages]
+
+    @property
+    def adds(self) -> list[float]:
+        """Weights of g^2 in v."""
+        return [own.add for own in self.averages]
+
+    @property
+    def epsilons(self) -> list[float]:
+        """What is added to v."""
+        return [own.eps for own in self.averages]
+
+    @property
+    def correct_bias(self) -> bool:
+        """Of v."""
+        return self.common["bias_correction"]
+
+    def averages_agree(self) -> bool:
+        """Whether all groups have the same."""
+        return len(set(self.averages)) == 1
+
+    def momenta_agree(self) -> bool:
+        """Whether those of the momentum are the same."""
+        return len(set(self.betas)) == 1
 
     def max_grad_norm(self, dtype: torch.dtype) -> float:
         """Beyond this norm gradients are clipped: their squares must stay finite."""
         return min(float(self.common["max_grad_norm"]), largest_norm(dtype))
-
-    def diagonal(self) -> tuple[float, float, float, bool]:
-        """Weights of the old v and of g^2 in the new one, eps, and whether bias is corrected."""
-        common, decay = self.common, self.common["decay"]
-        keep, add = (1.0, 1.0) if common["init"] == "adagrad" else (decay, 1.0 - decay)
-        return keep, add, common["eps"], common["bias_correction"]
-
-    def matrix(self) -> tuple[float, float, bool]:
-        """The same of a Kronecker-factored matrix, without the weight of g^2."""
-        return self.common["decay"], self.common["eps"], self.common["bias_correction"]
 
     def max_growth(self) -> float:
         """Bound on the growth of the scalar initial matrix from pair to pair.
@@ -138,6 +173,10 @@ class Call:
         self.has_pairs = len(self.a.s_ring) > 0
         self.kronecker = self.a.table is not None
         self.due = self.has_pairs and self.number % self.common["update_interval"] == 0
+        #: Whether momenta decay apart, so that s_i.m does not tell s_i.q.
+        self.apart = (
+            self.has_pairs and self.a.momentum is not None and not self.settings.momenta_agree()
+        )
 
     def run(self, hold: Hold, finish: Callable[[], None]) -> None:
         """Step, update the pairs if it is time, then ``finish``."""
@@ -157,7 +196,7 @@ class Call:
     def _some_moments_stand(self) -> bool:
         """Whether s_i.m has a part that this step must not change."""
         standing = any(g is None for g in self.grads)
-        return standing and self.has_pairs and self.a.momentum is not None
+        return standing and self.has_pairs and self.a.momentum is not None and not self.apart
 
     def _moving_moments(self) -> Tensor:
         """s_i.m over the parameters that have a gradient."""
@@ -175,7 +214,13 @@ class Call:
             The monitored loss and y, both at the averaged iterate, if it is time for them.
         """
         observed = self.due and not is_hookless(self.hooks, self.common)
-        if self.has_pairs and (self.kronecker or observed or self.a.gradient_sum is not None):
+        by_passes = (
+            self.kronecker
+            or observed
+            or self.a.gradient_sum is not None
+            or not self.settings.averages_agree()
+        )
+        if self.has_pairs and by_passes:
             return self._move_in_passes(hold, moments, observed)
         self.halfway = not self.atomic
         if self.has_pairs:
@@ -186,10 +231,22 @@ class Call:
             self._move_along_diagonal()
         return None, None
 
-    def _gradient_options(self) -> tuple[Any, ...]:
-        """maximize, the largest norm, and the decay of the momentum."""
-        limit = self.settings.max_grad_norm(self.a.dtype)
-        return self.common["maximize"], limit, self.common["momentum"]
+    def _gradient_options(self) -> tuple[bool, float]:
+        """maximize, and the largest norm."""
+        return self.common["maximize"], self.settings.max_grad_norm(self.a.dtype)
+
+    def _averages(self) -> tuple[Any, ...]:
+        """By group: of m, of v, and what is added to v; and whether bias is corrected."""
+        own = self.settings
+        return own.betas, own.keeps, own.adds, own.epsilons, own.correct_bias
+
+    def _runs(self) -> list[reference.Run]:
+        """The averages along the flat vectors."""
+        own = self.settings
+        each = reference.averages_of_each(
+            own.group_sizes, own.betas, own.keeps, own.adds, own.epsilons
+        )
+        return reference.runs_of(self.params, each)
 
     def _cap(self) -> float:
         """Without pairs p = H0 q, which needs no cap."""
@@ -199,7 +256,7 @@ class Call:
         a, settings = self.a, self.settings
         self.op.diagonal_step(
             self.params, self.grads, self.grad_scale, settings.found_inf,
-            *self._gradient_options(), *settings.diagonal(), *settings.rates, a.momentum,
+            *self._gradient_options(), *self._averages(), *settings.rates, a.momentum,
             a.accumulator, a.projections, a.counters,
         )  # fmt: skip
 
@@ -207,8 +264,9 @@ class Call:
         a, settings = self.a, self.settings
         self.op.kronecker_step(
             self.params, self.grads, a.table, self.grad_scale, settings.found_inf,
-            *self._gradient_options(), *settings.matrix(), *self._turn(), *settings.rates,
-            a.momentum, a.accumulator, a.factors, a.bases, a.square, a.projections, a.counters,
+            *self._gradient_options(), *self._averages(), settings.square_keep, *self._turn(),
+            *settings.rates, a.momentum, a.accumulator, a.factors, a.bases, a.square,
+            a.projections, a.counters,
         )  # fmt: skip
 
     def _turn(self) -> tuple[int, int]:
@@ -219,9 +277,9 @@ class Call:
         a, settings = self.a, self.settings
         self.op.direction_step(
             self.params, self.grads, a.s_ring, a.y_ring, a.gram, self.grad_scale,
-            settings.found_inf, *self._gradient_options(), *settings.diagonal(), self._cap(),
-            *settings.rates, a.momentum, a.accumulator, a.fisher, a.iterate_sum, a.direction,
-            moments, a.projections, a.images, a.counters,
+            settings.found_inf, *self._gradient_options(), *settings.averages[0],
+            settings.correct_bias, self._cap(), *settings.rates, a.momentum, a.accumulator,
+            a.fisher, a.iterate_sum, a.direction, moments, a.projections, a.images, a.counters,
         )  # fmt: skip
 
     def _move_in_passes(
@@ -230,18 +288,20 @@ class Call:
         """The three passes; nothing that lasts is written before all that may fail is done."""
         op, a, settings = self.op, self.a, self.settings
         params, grads = self.params, self.grads
-        maximize, limit, beta = self._gradient_options()
+        maximize, limit = self._gradient_options()
         self._measure(moments)
         if self.kronecker:
             self.grad_scale = reference.shorten_outlier(
-                held(a.square), self.common["decay"], self.common["bias_correction"], beta, limit,
-                self.grad_scale, moments, a.projections, a.counters,
+                held(a.square), settings.square_keep, settings.correct_bias, settings.betas[0],
+                limit, self.grad_scale, moments, a.projections, a.counters,
             )  # fmt: skip
+        if self.apart:
+            self._project_by_run()
         loss, y = self._observe(hold) if observed else (None, None)
         self.halfway = True
         op.direction_pass2(
             params, grads, a.y_ring, a.gram, a.counters, a.projections, self.grad_scale, maximize,
-            limit, beta, *settings.diagonal(), self.kronecker, a.momentum,
+            limit, *self._averages(), settings.group_sizes, self.kronecker, a.momentum,
             None if self.kronecker else a.accumulator, a.fisher, a.direction, a.images,
         )  # fmt: skip
         if a.gradient_sum is not None:
@@ -251,34 +311,49 @@ class Call:
         if self.kronecker:
             self._precondition()
         self._descend(moments)
+        if self.apart:
+            accepted = reference.step_is_accepted(a.projections, a.counters)
+            a.moments.copy_(torch.where(accepted, self._moments_anew(), a.moments))
         return loss, y
 
     def _measure(self, moments: Tensor) -> None:
         """Pass 1: what the gradient is like, and u = S q."""
-        a, (maximize, limit, beta) = self.a, self._gradient_options()
+        a, own = self.a, self.settings
         self.op.direction_pass1(
+            self.params, self.grads, a.s_ring, a.counters, self.grad_scale, own.found_inf,
+            *self._gradient_options(), own.betas[0], moments, a.projections,
+        )  # fmt: skip
+
+    def _project_by_run(self) -> None:
+        """u = S q where momenta decay apart."""
+        a = self.a
+        reference.projections_by_run(
             self.params, self.grads, a.s_ring, a.counters, self.grad_scale,
-            self.settings.found_inf, maximize, limit, beta, moments, a.projections,
+            *self._gradient_options(), self._runs(), held(a.momentum), a.projections,
         )  # fmt: skip
 
     def _descend(self, moments: Tensor) -> None:
         """Pass 3: p = r + S^T c, and the parameters go along it."""
-        a, beta = self.a, self.common["momentum"]
+        a, own = self.a, self.settings
         self.op.direction_pass3(
-            self.params, self.grads, a.s_ring, a.gram, a.projections, a.images, a.direction, beta,
-            self._cap(), *self.settings.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
+            self.params, self.grads, a.s_ring, a.gram, a.projections, a.images, a.direction,
+            own.betas[0], self._cap(), *own.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
             a.counters,
         )  # fmt: skip
+
+    def _moments_anew(self) -> Tensor:
+        """s_i.m of the new m, where momenta decay apart."""
+        return reference.moments_anew(self.a.s_ring, held(self.a.momentum))
 
     # ------------------------------------------------------------------ the Kronecker matrix
 
     def _precondition(self) -> None:
         """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
-        op, a = self.op, self.a
-        maximize, limit, beta = self._gradient_options()
+        op, a, own = self.op, self.a, self.settings
         op.kronecker_accumulate(
-            self.params, self.grads, a.table, a.projections, a.counters, self.grad_scale, maximize,
-            limit, self.common["decay"], *self._turn(), a.accumulator, a.factors, a.bases, a.square,
+            self.params, self.grads, a.table, a.projections, a.counters, self.grad_scale,
+            *self._gradient_options(), own.group_sizes, own.keeps, own.adds, own.square_keep,
+            *self._turn(), a.accumulator, a.factors, a.bases, a.square,
         )  # fmt: skip
         self._apply(held(a.direction), pending=1)
         op.direction_images(a.direction, a.y_ring, a.counters, a.projections, a.images)
@@ -289,19 +364,20 @@ class Call:
 
     def _apply(self, x: Tensor, pending: int, inverse: bool = False) -> None:
         """x = H0 x, or x = B0 x."""
-        a, matrix = self.a, self.settings.matrix()
+        a, own = self.a, self.settings
         self.op.kronecker_apply(
-            a.table, a.counters, a.accumulator, a.bases, *matrix, pending, inverse, x
-        )
+            a.table, a.counters, a.accumulator, a.bases, own.group_sizes, own.keeps, own.epsilons,
+            own.correct_bias, pending, inverse, x,
+        )  # fmt: skip
 
     def _look_ahead(self) -> Tensor:
         """q, of which pass 2 has taken the pairs' share."""
-        a, (maximize, limit, beta) = self.a, self._gradient_options()
+        a, (maximize, limit) = self.a, self._gradient_options()
         g = reference.gradient_vector(
             self.params, self.grads, a.dtype, self.grad_scale, maximize
         ) * reference.clip_factor(a.projections, limit)
         here = reference.presence(self.params, self.grads)
-        return reference.look_ahead_from_new(g, a.momentum, a.counters, beta, here)
+        return reference.look_ahead_from_new(g, a.momentum, a.counters, self._runs(), here)
 
     # ------------------------------------------------------------------ at the averaged iterate
 
@@ -400,16 +476,24 @@ class Call:
 
     def _initial_product(self) -> Tensor:
         """B0 s of the candidate, in the scratch that a step has done with."""
-        a, image, (keep, _, eps, correct) = self.a, held(self.a.direction), self.settings.diagonal()
+        a, image = self.a, held(self.a.direction)
         iterate_sum, anchor = held(a.iterate_sum), held(a.anchor)
         if self.kronecker:
             image.copy_(reference.displacement(iterate_sum, anchor, a.counters))
             self._apply(image, pending=0, inverse=True)
         else:
             reference.initial_product(
-                iterate_sum, anchor, a.gram, a.counters, keep, eps, correct, a.accumulator, image
+                iterate_sum, anchor, a.gram, a.counters, self._runs(), self.settings.correct_bias,
+                a.accumulator, image,
             )  # fmt: skip
         return image
+
+
+def averages_of(group: Mapping[str, Any]) -> reference.Averages:
+    """How the gradients of a parameter group are averaged."""
+    decay = group["decay"]
+    keep, add = (1.0, 1.0) if group["init"] == "adagrad" else (decay, 1.0 - decay)
+    return reference.Averages(group["momentum"], keep, add, group["eps"])
 
 
 def is_hookless(hooks: Hooks, common: Mapping[str, Any]) -> bool:

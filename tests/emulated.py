@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +13,7 @@ from cmake_module import ROOT, build_module, import_module
 from torch import Tensor
 
 from adaqn_cuda.layout import Flag, state_dtype
+from adaqn_cuda.plan import Column
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -32,15 +33,37 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def rows(params, grads=None, group_sizes=None) -> list[tuple]:
+def of_each(by_group, group_sizes) -> list:
+    """Per parameter, what its group has."""
+    return list(chain.from_iterable(map(repeat, by_group, group_sizes)))
+
+
+def rows(params, grads=None, group_sizes=None, kinds=None) -> list[tuple]:
     """Tensors as the bindings take them."""
-    groups = chain.from_iterable(repeat(k, n) for k, n in enumerate(group_sizes or [len(params)]))
+    groups = of_each(count(), group_sizes or [len(params)])
+    kinds = kinds or [0] * len(params)
     result = []
-    for p, g, group in zip(params, grads or [None] * len(params), groups, strict=True):
+    for p, g, group, kind in zip(params, grads or [None] * len(params), groups, kinds, strict=True):
         assert p.is_contiguous() and (g is None or g.is_contiguous())
-        kinds = (TYPES[p.dtype], TYPES[p.dtype if g is None else g.dtype])
-        result.append((address(p), address(g), p.numel(), group, *kinds))
+        types = (TYPES[p.dtype], TYPES[p.dtype if g is None else g.dtype])
+        result.append((address(p), address(g), p.numel(), group, kind, *types))
     return result
+
+
+def kinds_of(each: list[tuple]) -> tuple[list[tuple], list[int]]:
+    """Averages by kind, and the kind of each, as the native library counts them."""
+    by_kind, kinds = [], []
+    for own in each:
+        if not by_kind or by_kind[-1] != own:
+            by_kind.append(own)
+        kinds.append(len(by_kind) - 1)
+    return by_kind or [(0.0, 0.0, 0.0, 0.0, False)], kinds  # an empty table is launched, too
+
+
+def averages(group_sizes, betas, keeps, adds, epsilons, correct_bias) -> list[tuple]:
+    """Per parameter, as the bindings take them."""
+    groups = zip(betas, keeps, adds, epsilons, repeat(correct_bias, len(betas)), strict=True)
+    return of_each(groups, group_sizes)
 
 
 def dense(*lists) -> list[list[Tensor | None]]:
@@ -74,8 +97,12 @@ def rates(lr, weight_decay, lr_tensor, weight_decay_tensor) -> tuple:
     return lr, weight_decay, address(lr_tensor), address(weight_decay_tensor)
 
 
-def kronecker(table, factors, bases, square, call, interval) -> tuple:
-    return address(table), len(table), *map(address, (factors, bases, square)), call, interval
+def kronecker(table, factors, bases, square, square_keep, call, interval, each) -> tuple:
+    """The matrix as the bindings take it, and averages by kind from those of ``each`` parameter."""
+    by_kind, kinds = kinds_of([each[param] for param in table[:, Column.PARAM].tolist()])
+    addresses = map(address, (factors, bases, square))
+    row = (address(table), len(table), *addresses, square_keep, call, interval, kinds)
+    return row, by_kind
 
 
 class EmulatedOps:
@@ -123,18 +150,19 @@ class EmulatedOps:
 
     def direction_pass2(
         self, params, grads, y_ring, gram, counters, projections, grad_scale, maximize,
-        max_grad_norm, beta, keep, add, eps, correct_bias, identity, momentum, accumulator, fisher,
-        direction, images,
+        max_grad_norm, betas, keeps, adds, epsilons, correct_bias, group_sizes, identity, momentum,
+        accumulator, fisher, direction, images,
     ):  # fmt: skip
+        each = averages(group_sizes, betas, keeps, adds, epsilons, correct_bias)
+        by_kind, kinds = kinds_of(each)
         self._module().direction_pass2(
-            rows(params, grads),
+            rows(params, grads, kinds=kinds),
             state(
                 direction.dtype, direction.numel(), y_ring=y_ring, gram=gram, momentum=momentum,
                 accumulator=accumulator, fisher=fisher, direction=direction,
                 projections=projections, images=images, counters=counters,
             ),
-            (address(grad_scale), 0, maximize, max_grad_norm),
-            (beta, keep, add, eps, correct_bias), identity,
+            (address(grad_scale), 0, maximize, max_grad_norm), by_kind, identity,
         )  # fmt: skip
 
     def direction_images(self, direction, y_ring, counters, projections, images):
@@ -161,58 +189,69 @@ class EmulatedOps:
         )  # fmt: skip
 
     def diagonal_step(
-        self, params, grads, grad_scale, found_inf, maximize, max_grad_norm, beta, keep, add, eps,
-        correct_bias, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, momentum,
-        accumulator, projections, counters,
+        self, params, grads, grad_scale, found_inf, maximize, max_grad_norm, betas, keeps, adds,
+        epsilons, correct_bias, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor,
+        momentum, accumulator, projections, counters,
     ):  # fmt: skip
+        each = averages(group_sizes, betas, keeps, adds, epsilons, correct_bias)
+        by_kind, kinds = kinds_of(each)
         self._module().diagonal_step(
-            rows(params, grads, group_sizes),
+            rows(params, grads, group_sizes, kinds),
             state(
                 state_dtype(params), sum(p.numel() for p in params), momentum=momentum,
                 accumulator=accumulator, projections=projections, counters=counters,
             ),
-            (address(grad_scale), address(found_inf), maximize, max_grad_norm),
-            (beta, keep, add, eps, correct_bias),
+            (address(grad_scale), address(found_inf), maximize, max_grad_norm), by_kind,
             rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
         )  # fmt: skip
 
     def kronecker_accumulate(
         self, params, grads, table, projections, counters, grad_scale, maximize, max_grad_norm,
-        keep, call, interval, accumulator, factors, bases, square,
+        group_sizes, keeps, adds, square_keep, call, interval, accumulator, factors, bases, square,
     ):  # fmt: skip
+        zeros = [0.0] * len(group_sizes)
+        each = averages(group_sizes, zeros, keeps, adds, zeros, False)
+        matrix, by_kind = kronecker(
+            table, factors, bases, square, square_keep, call, interval, each
+        )
         words = state(
             accumulator.dtype, accumulator.numel(), accumulator=accumulator,
             projections=projections, counters=counters,
         )  # fmt: skip
         self._module().kronecker_accumulate(
-            rows(params, grads), {**words, "slots": len(projections) - len(Flag)},
-            kronecker(table, factors, bases, square, call, interval),
-            (address(grad_scale), 0, maximize, max_grad_norm), (0.0, keep, 1 - keep, 0.0, False),
+            rows(params, grads), {**words, "slots": len(projections) - len(Flag)}, matrix,
+            (address(grad_scale), 0, maximize, max_grad_norm), by_kind,
         )  # fmt: skip
 
     def kronecker_apply(
-        self, table, counters, accumulator, bases, keep, eps, correct_bias, pending, inverse, x
-    ):
+        self, table, counters, accumulator, bases, group_sizes, keeps, epsilons, correct_bias,
+        pending, inverse, x,
+    ):  # fmt: skip
+        zeros = [0.0] * len(group_sizes)
+        each = averages(group_sizes, zeros, keeps, zeros, epsilons, correct_bias)
+        matrix, by_kind = kronecker(table, None, bases, None, 0.0, 1, 1, each)
         self._module().kronecker_apply(
             state(x.dtype, x.numel(), accumulator=accumulator, counters=counters, direction=x),
-            kronecker(table, None, bases, None, 1, 1), (0.0, keep, 0.0, eps, correct_bias),
-            pending, inverse,
+            matrix, by_kind, pending, inverse,
         )  # fmt: skip
 
     def kronecker_step(
-        self, params, grads, table, grad_scale, found_inf, maximize, max_grad_norm, beta, keep, eps,
-        correct_bias, call, interval, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor,
-        momentum, accumulator, factors, bases, square, projections, counters,
+        self, params, grads, table, grad_scale, found_inf, maximize, max_grad_norm, betas, keeps,
+        adds, epsilons, correct_bias, square_keep, call, interval, group_sizes, lr, weight_decay,
+        lr_tensor, weight_decay_tensor, momentum, accumulator, factors, bases, square, projections,
+        counters,
     ):  # fmt: skip
+        each = averages(group_sizes, betas, keeps, adds, epsilons, correct_bias)
+        matrix, by_kind = kronecker(
+            table, factors, bases, square, square_keep, call, interval, each
+        )
         self._module().kronecker_step(
             rows(params, grads, group_sizes),
             state(
                 accumulator.dtype, accumulator.numel(), momentum=momentum, accumulator=accumulator,
                 projections=projections, counters=counters,
             ),
-            kronecker(table, factors, bases, square, call, interval),
-            (address(grad_scale), address(found_inf), maximize, max_grad_norm),
-            (beta, keep, 1 - keep, eps, correct_bias),
+            matrix, (address(grad_scale), address(found_inf), maximize, max_grad_norm), by_kind,
             rates(lr, weight_decay, lr_tensor, weight_decay_tensor),
         )  # fmt: skip
 

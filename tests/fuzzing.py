@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from adaqn_cuda import AdaQN, ops
 from adaqn_cuda.arena import SHARED, real_view
 from adaqn_cuda.layout import Counter, largest_norm, state_dtype
+from adaqn_cuda.options import AVERAGED
 
 # --------------------------------------------------------------------------- what programs draw
 
@@ -328,8 +329,6 @@ def hooks_of(optimizer: AdaQN, hooks: Hooks) -> None:
 def textbook_step(before: Snapshot, grads: list[Tensor | None], groups: list[int]) -> list[Tensor]:
     """The parameters after a step without pairs and without a Kronecker matrix, in float64."""
     common, t = before.options[0], before.counter(Counter.ACCEPTED) + 1
-    beta, keep = common["momentum"], common["decay"]
-    adagrad = common["init"] == "adagrad"
     sign = -1.0 if common["maximize"] else 1.0
     real = [None if g is None else real_view(g).double() for g in grads]
     norm = torch.stack([g.square().sum() for g in real if g is not None]).sum().sqrt().item()
@@ -341,15 +340,17 @@ def textbook_step(before: Snapshot, grads: list[Tensor | None], groups: list[int
         w = real_view(p).double()
         if g is not None:
             g, options = factor * g, before.options[k]
+            beta, keep = options["momentum"], options["decay"]
+            adagrad = options["init"] == "adagrad"
             q, m = g, entry.get("momentum", torch.zeros_like(w)).double()
             if "momentum" in entry or beta:
                 m = beta * m + (1 - beta) * g
                 q = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
-            if common["init"] != "scalar":
+            if options["init"] != "scalar":
                 v = entry.get("accumulator", torch.zeros_like(w)).double()
                 v = v + g * g if adagrad else keep * v + (1 - keep) * g * g
                 corrected = common["bias_correction"] and not adagrad
-                q = q / (v / (1 - keep**t if corrected else 1) + common["eps"]).sqrt()
+                q = q / (v / (1 - keep**t if corrected else 1) + options["eps"]).sqrt()
             lr, decay = float(options["lr"]), float(options["weight_decay"])
             w = (1 - lr * decay) * w - lr * q
         expected.append(w)
@@ -605,7 +606,7 @@ class Machine:
     def option(self, name: str, r: random.Random) -> None:
         value = r.choice(LEGAL[name])
         groups = self.optimizer.param_groups
-        own = name in ("lr", "weight_decay")
+        own = name in ("lr", "weight_decay") or (name in AVERAGED and r.random() < 0.5)
         for group in [r.choice(groups)] if own else groups:
             group[name] = value
 
@@ -692,7 +693,7 @@ class Machine:
     def bad_group(self, r: random.Random) -> None:
         """Refused entirely."""
         before = Snapshot.of(self.optimizer)
-        name, value = r.choice([("momentum", 0.123), ("lr", -1.0), ("init", "identity")])
+        name, value = r.choice([("max_increase", 1.5), ("lr", -1.0), ("init", "identity")])
         group = {"params": [self._new_parameter(r)], name: value}
         assert name in str(raised_by(lambda: self.optimizer.add_param_group(group), ValueError))
         assert_same(before, Snapshot.of(self.optimizer), "bad group")

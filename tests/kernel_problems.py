@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 import torch
+from by_group import apart, by_group
 from torch import Tensor
 
 from adaqn_cuda import ops, reference
@@ -39,6 +40,7 @@ class Case:
         pair_dtype, fisher_dtype: ``None`` for that of the vectors.
         diagonal: whether there is an accumulator.
         groups: parameter groups.
+        apart: whether their averages differ.
         missing: every how many parameters one has no gradient, or which have none; 0 for none.
         beta: of the momentum; 0 for none.
         accepted: steps before this one.
@@ -60,6 +62,7 @@ class Case:
     fisher_dtype: torch.dtype | None = None
     diagonal: bool = True
     groups: int = 1
+    apart: bool = False
     missing: int | tuple[int, ...] = 0
     beta: float = 0.0
     accepted: int = 6
@@ -186,6 +189,7 @@ class Problem:
         return {
             **{name: getattr(case, name) for name in (*copied, "damping")},
             **dict(keep=0.9, add=0.1, eps=1e-3, fisher_size=max(case.fisher_size, 1)),
+            **(apart(groups) if case.apart else {}),
             "group_sizes": [count * (k + 1) // groups - count * k // groups for k in range(groups)],
             "lr": [0.1 + 0.01 * k for k in range(groups)],
             "weight_decay": [0.02 * (k % 3) for k in range(groups)],
@@ -268,7 +272,8 @@ def bits(tensor: Tensor) -> Tensor:
 def arguments(name: str, values) -> list:
     schema = getattr(torch.ops.adaqn, name).default._schema
     assert name in ops.SCHEMAS
-    return [values[argument.name] for argument in schema.arguments]
+    known = by_group(values)
+    return [known[argument.name] for argument in schema.arguments]
 
 
 def run(namespace, name: str, problem: Problem) -> None:

@@ -17,6 +17,8 @@ PASSES = ("direction_pass1", "direction_pass2", "direction_pass3")
 STEP = (*PASSES, "direction_step", "diagonal_step")
 ITERATE = ("iterate_swap", "iterate_restore")
 CURVATURE = ("curvature_pass_a", "curvature_pass_b", "curvature_commit")
+#: Those that take averages by group.
+APART = ("direction_pass2", "diagonal_step")
 ALL = STEP + ("direction_images",) + ITERATE + CURVATURE
 #: The ways to take a step: operations that make a whole one.
 WHOLE = {"fused": ("direction_step",), "passes": PASSES, "diagonal": ("diagonal_step",)}
@@ -102,6 +104,11 @@ CASES = {
         numels=(3, 1, 0) * 550, dtypes=(F32, BF16), groups=5, missing=7, **EVERYTHING
     ),
     "everything, empty": Case(numels=(0, 0), **EVERYTHING),
+    "apart": MIXED.but(**{**EVERYTHING, "groups": 6, "apart": True}),
+    "apart in float64": MIXED.but(dtypes=(F64,), offset=1, apart=True, **EVERYTHING),
+    "apart, 1 650 tensors": Case(
+        numels=(3, 1, 0) * 550, groups=7, apart=True, missing=7, **EVERYTHING
+    ),
     "no history": Case().without_pairs(),
     "no history, identity": Case(identity=True, diagonal=False, beta=0.9).without_pairs(),
     "no history, everything": MIXED.but(**EVERYTHING).without_pairs(),
@@ -110,6 +117,8 @@ CASES = {
 
 def operations_for(case: Case) -> tuple[str, ...]:
     """Without pairs there is no sum of iterates, no pair update, and no scalar initial matrix."""
+    if case.apart:
+        return APART
     if case.history_size:
         return ALL
     return STEP if case.diagonal else (*PASSES, "diagonal_step")

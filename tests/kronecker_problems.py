@@ -97,7 +97,8 @@ class H0:
             scale = torch.tensor(float(1 if scale is None else scale)) * torch.tensor(surplus)
         self.ops.kronecker_accumulate(
             self.params, grads, self.plan.table, self.projections, self.counters, scale, maximize,
-            max_grad_norm, keep, call, interval, *self.buffers(),
+            max_grad_norm, [len(self.params)], [keep], [1 - keep], keep, call, interval,
+            *self.buffers(),
         )  # fmt: skip
 
     def measure(self, grads, scale, accepted: bool) -> None:
@@ -112,8 +113,8 @@ class H0:
     ) -> torch.Tensor:
         out = x.clone()
         self.ops.kronecker_apply(
-            self.plan.table, self.counters, self.accumulator, self.bases, keep, eps, correct_bias,
-            pending, inverse, out,
+            self.plan.table, self.counters, self.accumulator, self.bases, [len(self.params)],
+            [keep], [eps], correct_bias, pending, inverse, out,
         )  # fmt: skip
         return out
 

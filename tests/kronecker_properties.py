@@ -51,6 +51,10 @@ CASES = {
     "early call": Blocks(shapes=MANY, block_size=4, call=7),
     "growing tiles": Blocks(shapes=((7,), (3,), (12, 10))),
     "every call": Blocks(shapes=((12, 10), (20, 9)), block_size=7, interval=1),
+    "apart": MIXED.but(apart=True),
+    "apart, 300 matrices": Blocks(
+        shapes=((3, 2), (), (4,)) * 100, apart=True, **{**EVERYTHING, "groups": 70}
+    ),
     "everything": Blocks(**EVERYTHING),
     "everything in float64": Blocks(shapes=MANY, block_size=4, dtypes=(F64,), **EVERYTHING),
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
+from by_group import by_group
 from torch import Tensor
 
 from adaqn_cuda.arena import RINGS, ROW_BYTES, row_stride
@@ -131,7 +132,7 @@ class State:
             "max_increase": 1.01, "max_growth": inf,
         }  # fmt: skip
         schema = getattr(torch.ops.adaqn, name).default._schema
-        known = {**vars(self), **options, **changes}
+        known = by_group({**vars(self), **options, **changes})
         if name == "diagonal_step":
             known["projections"] = known["projections"][self.slots :]
         return tuple(known[argument.name] for argument in schema.arguments)

@@ -29,11 +29,17 @@ class Case:
         options: of the optimizer.
         spoil: called with the number of the step and the gradients, which it may change.
         monitored: whether there is a monitored loss.
+        last: options of the last three parameters, which are a group of their own.
     """
 
     options: dict = field(default_factory=dict)
     spoil: Callable | None = None
     monitored: bool = False
+    last: dict = field(default_factory=dict)
+
+    def optimizer(self, params, **more):
+        groups = [{"params": params[:3]}, {"params": params[3:], **self.last}]
+        return AdaQN(groups, **self.options, **more)
 
 
 def one_is_not_finite(step, grads):
@@ -72,6 +78,10 @@ CASES = {
     "of gradients": Case({**PAIRS, "init": "rmsprop", "curvature": "gradients"}),
     "of the paper": Case(
         {**PAPER, **PAIRS, "lr": 0.02, "max_increase": 1.001}, some_lead_astray, monitored=True
+    ),
+    "groups": Case({"max_grad_norm": 0.5}, last={"momentum": 0.5, "decay": 0.9, "lr": 0.1}),
+    "pairs, groups": Case(
+        {**PAIRS, "init": "rmsprop"}, last={"init": "adagrad", "momentum": 0.0, "lr": 0.1}
     ),
     "not finite": Case({}, one_is_not_finite),
     "pairs, not finite": Case({**PAIRS, "init": "rmsprop"}, one_is_not_finite),
@@ -153,8 +163,8 @@ def alone(name, count):
     """The run of one process, whose matrices are cut as ``count`` shards cut them."""
     problem, case = Problem(), CASES[name]
     params = [nn.Parameter(v.clone()) for v in problem.start]
-    options = {"blocks": {p: rows_of(len(p), count) for p in params}, **case.options}
-    optimizer = AdaQN(params, **options)
+    blocks = {p: rows_of(len(p), count) for p in params}
+    optimizer = case.optimizer(params, blocks=blocks)
     return train(
         problem, optimizer, params, case, steps_of(name), lambda ps: [p.detach() for p in ps],
         lambda g: g,
@@ -167,7 +177,7 @@ def with_divided_state(names):
     for name in names:
         problem, case = Problem(), CASES[name]
         params = [nn.Parameter(v.clone()) for v in problem.start]
-        optimizer = AdaQN(params, state_sharding=dist.group.WORLD, **case.options)
+        optimizer = case.optimizer(params, state_sharding=dist.group.WORLD)
         outcomes[name] = train(
             problem, optimizer, params, case, steps_of(name), lambda ps: [p.detach() for p in ps],
             lambda g: g,
@@ -211,7 +221,7 @@ def together(names):
     for name in names:
         problem, case = Problem(), CASES[name]
         params = [nn.Parameter(divided(v, mesh)) for v in problem.start]
-        optimizer = AdaQN(params, **case.options)
+        optimizer = case.optimizer(params)
         outcomes[name] = train(
             problem, optimizer, params, case, steps_of(name), assembled,
             lambda g: divided(g, mesh),

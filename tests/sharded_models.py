@@ -143,7 +143,7 @@ def in_three(folder):
 # --------------------------------------------------------------------------- whole parameters
 
 #: Cases in which the state alone is divided.
-STATES = ("default", "pairs", "of the paper", "missing", "not finite")
+STATES = ("default", "pairs", "pairs, groups", "of the paper", "missing", "not finite")
 
 
 def replicas():

@@ -188,6 +188,9 @@ def test_launches(emulated):
     assert launches(emulated, "direction_pass2", Case(diagonal=False, identity=True)) == 1
     assert launches(emulated, "diagonal_step", CASES["no history, everything"]) == 1
     assert launches(emulated, "diagonal_step", many.without_pairs()) == 2 * 2 + 2
+    apart = Case(numels=(8,) * 4, groups=4, apart=True).without_pairs()
+    assert launches(emulated, "diagonal_step", apart) == 4 * 2 + 2
+    assert launches(emulated, "diagonal_step", apart.but(apart=False)) == 1
 
 
 def test_no_cooperative_launch_beyond_residency():

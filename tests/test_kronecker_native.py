@@ -11,6 +11,7 @@ from math import inf
 
 import pytest
 import torch
+from by_group import apart
 from kernel_problems import BF16, F16, F32, F64, arguments, assert_close, bits, copy
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class Case:
         accepted: steps before this one.
         max_grad_norm: as in the reference.
         groups: parameter groups.
+        apart: whether their averages differ.
         warm: whether there were gradients before; the spectra of the factors are simple then.
     """
 
@@ -64,6 +66,7 @@ class Case:
     accepted: int = 5
     max_grad_norm: float = inf
     groups: int = 1
+    apart: bool = False
     warm: bool = True
     seed: int = 0
 
@@ -94,7 +97,7 @@ class Problem:
             accumulator=torch.zeros(d, dtype=self.dtype),
             factors=torch.zeros(f, dtype=self.dtype), bases=torch.zeros(f, dtype=self.dtype),
             square=torch.zeros(1, dtype=F64), projections=torch.zeros(len(Flag), dtype=F64),
-            x=self.randn(d).to(self.dtype),
+            x=self.randn(d).to(self.dtype), **(apart(groups) if case.apart else {}),
         )  # fmt: skip
         for place, side in self.plan.squares():
             self.square("bases", place, side).copy_(torch.eye(side))
@@ -208,6 +211,7 @@ CASES = {
     "no factors": Case((*LSTM, (300, 200)), block_size=None),
     "narrow": Case(LSTM, (BF16, F16, F32), blocks=4),
     "mixed": Case(LSTM, (F64, BF16, F32), 32, groups=3),
+    "apart": Case((*LSTM, *LSTM), (F64, BF16, F32), 32, groups=5, apart=True, missing=(2,)),
     "transposed": Case((*LSTM, (4, 5, 6)), (F32, BF16), 20, transposed=True),
     "missing": Case(LSTM, (F32, F64), 32, missing=(0, 3)),
     "all missing": Case(LSTM, missing=(0, 1, 2, 3)),
@@ -501,13 +505,19 @@ BAD_BY_OPERATION = {
         "projections: expected shape (3)": given(projections=torch.zeros(4, dtype=F64)),
         "found_inf: expected 1": given(found_inf=torch.zeros(2)),
         "lr: expected 1 numbers": given(lr=[0.1, 0.2]),
+        "betas: expected 1 numbers": given(betas=[]),
+        "adds: expected 1 numbers": given(adds=[0.1, 0.2]),
+        "epsilons: expected 1 numbers": given(epsilons=[1e-8, 1e-8]),
     },
     "kronecker_accumulate": {
         **BAD,
         "projections: expected at least 3": given(projections=torch.zeros(2, dtype=F64)),
+        "keeps: expected 1 numbers": given(keeps=[0.9, 0.9]),
     },
     "kronecker_apply": {
         "pending: expected 0 or 1, got 2": given(pending=2),
+        "table[1]: parameter: expected 0..0, got 1": given(group_sizes=[1]),
+        "keeps: expected 1 numbers": given(keeps=[0.9, 0.9]),
         "x: expected dtype": given(x=torch.zeros(125, dtype=torch.int64)),
         "accumulator: expected shape (125)": given(accumulator=torch.zeros(124)),
         "bases: expected dtype float32": given(bases=torch.zeros(147, dtype=F64)),

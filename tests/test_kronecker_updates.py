@@ -212,8 +212,9 @@ def test_nothing_is_read_back():
         k.measure(grads, None, accepted=call != 3)
         with NoReadBack():
             k.ops.kronecker_accumulate(
-                k.params, grads, *buffers, None, False, 5.0, KEEP, call, 3, *k.buffers()
-            )
+                k.params, grads, *buffers, None, False, 5.0, [len(shapes)], [KEEP], [1 - KEEP],
+                KEEP, call, 3, *k.buffers(),
+            )  # fmt: skip
             k.product(x, correct_bias=True)
             k.product(x, inverse=True, pending=1)
 
@@ -242,9 +243,10 @@ class Training(H0):
         scale, found_inf = (None if x is None else torch.tensor(x) for x in (scale, found_inf))
         beta = 0.0 if self.momentum is None else BETA
         self.ops.kronecker_step(
-            self.params, grads, self.plan.table, scale, found_inf, maximize, self.longest, beta,
-            KEEP, EPS, True, call, interval, SIZES, LR, DECAYS, *rates, self.momentum,
-            *self.buffers(), self.projections, self.counters,
+            self.params, grads, self.plan.table, scale, found_inf, maximize, self.longest,
+            *([x] * len(SIZES) for x in (beta, KEEP, 1 - KEEP, EPS)), True, KEEP, call, interval,
+            SIZES, LR, DECAYS, *rates, self.momentum, *self.buffers(), self.projections,
+            self.counters,
         )  # fmt: skip
 
     def pass_by_pass(

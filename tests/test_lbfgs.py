@@ -223,8 +223,8 @@ def test_direction_is_that_of_the_dense_matrix(init, self_scaled, fused):
         operations = torch.ops.adaqn if fused is None else reference
         for row in matrix:
             operations.kronecker_apply(
-                history.table, history.counters, history.accumulator, history.bases, 0.98, 1e-16,
-                True, 0, False, row,
+                history.table, history.counters, history.accumulator, history.bases,
+                [len(run.params)], [0.98], [1e-16], True, 0, False, row,
             )  # fmt: skip
     s, y, _ = pairs[-1]
     matrix *= (s @ y) / (y @ matrix @ y)

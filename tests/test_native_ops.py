@@ -12,6 +12,7 @@ from math import inf
 
 import pytest
 import torch
+from by_group import apart
 from native_state import F64, State, native
 from oracle import two_loop
 
@@ -187,6 +188,21 @@ def test_what_was_in_the_scratch_does_not_matter():
         strict=True,
     ):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("name", ["direction_pass2", "diagonal_step"])
+def test_averages_by_group(name, averaged):
+    """Blocks that several groups share, groups without parameters, and a parameter that stands."""
+    shapes = [(1000,), (7,), (0,), (4097,), (64, 3), (33001,), (5,)]
+    ours = State(shapes, averaged=averaged, oldest=3)
+    ours = ours.without_history() if name == "diagonal_step" else prepared(name, ours)
+    ours.grads[3] = None
+    changes = {"group_sizes": [1, 1, 0, 2, 1, 2], "lr": [0.1] * 6, "weight_decay": [0.0] * 6}
+    changes |= {**apart(6), "correct_bias": True}
+    theirs = ours.clone()
+    getattr(reference, name)(*theirs.arguments(name, **changes))
+    assert_agrees(native(name, ours, **changes), theirs)
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -630,6 +646,9 @@ BAD = {
 BAD_BY_OPERATION = {
     "direction_pass1": {"moments: expected shape (5)": {"moments": torch.zeros(6, dtype=F64)}},
     "direction_pass2": {
+        "group_sizes: expected sizes that sum to 1": {"group_sizes": [2]},
+        "group_sizes: expected sizes of at least 0, got -1": {"group_sizes": [-1]},
+        "keeps: expected 1 numbers, got 2": {"keeps": [0.9, 0.8]},
         "momentum: expected shape": {"momentum": torch.zeros(30)},
         "images: expected shape (6)": {"images": torch.zeros(5, dtype=F64)},
     },
@@ -649,6 +668,9 @@ BAD_BY_OPERATION = {
         "params[0]: expected float32": {"params": [torch.zeros(31, dtype=torch.complex64)]},
         "grads: expected one for each": {"grads": []},
         "lr: expected 1 numbers": {"lr": [0.1, 0.2]},
+        "betas: expected 1 numbers, got 0": {"betas": []},
+        "adds: expected 1 numbers, got 2": {"adds": [0.1, 0.2]},
+        "epsilons: expected 1 numbers, got 3": {"epsilons": [1e-8] * 3},
         "accumulator: expected shape": {"accumulator": torch.zeros(30)},
         "momentum: expected dtype float32": {"momentum": torch.zeros(31, dtype=F64)},
         "found_inf: expected 1": {"found_inf": torch.zeros(2)},

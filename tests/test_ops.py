@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from by_group import by_group
 from problems import plain_adaqn, random_parameters, set_gradients
 
 from adaqn_cuda import ops
@@ -89,7 +90,7 @@ def test_passes_make_the_step(monkeypatch, init, beyond):
     args = recorded_calls(monkeypatch, init=init, **beyond)["direction_step"]
     values = by_name("direction_step", copy_arguments(args))
     torch.ops.adaqn.direction_step(*args)
-    known = {**values, "identity": False, "fisher_size": len(values["fisher"])}
+    known = by_group({**values, "identity": False, "fisher_size": len(values["fisher"])})
     for name in ("direction_pass1", "direction_pass2", "direction_pass3"):
         op = getattr(torch.ops.adaqn, name).default
         op(*(known[argument.name] for argument in op._schema.arguments))

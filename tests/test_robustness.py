@@ -450,9 +450,9 @@ def test_a_common_option_changed_in_one_group_only_is_refused(fused):
     params = random_parameters([(4, 3), (5,)])
     optimizer = AdaQN([{"params": [p]} for p in params], fused=fused)
     train(optimizer, params, 0, 2)
-    optimizer.param_groups[1]["decay"] = 0.5
+    optimizer.param_groups[1]["max_grad_norm"] = 0.5
     set_gradients(params, 2)
-    with pytest.raises(ValueError, match="decay"):
+    with pytest.raises(ValueError, match="max_grad_norm"):
         optimizer.step()
 
 
@@ -717,12 +717,12 @@ def test_a_bad_value_is_refused_by_name_whenever_it_comes(name, value):
 @pytest.mark.parametrize("stepped", [False, True])
 def test_a_group_that_joins_has_the_options_of_now(stepped):
     params = random_parameters([(2, 3), (3,)])
-    optimizer = AdaQN(params[:1], momentum=0.5)
+    optimizer = AdaQN(params[:1], max_grad_norm=0.5)
     train(optimizer, params[:1], 0, 3 * stepped)
-    optimizer.param_groups[0]["momentum"] = 0.3
+    optimizer.param_groups[0]["max_grad_norm"] = 0.3
     optimizer.add_param_group({"params": params[1:]})
     train(optimizer, params, 3, 6)
-    assert optimizer.param_groups[1]["momentum"] == 0.3
+    assert optimizer.param_groups[1]["max_grad_norm"] == 0.3
 
 
 def replace(optimizer, params):

@@ -82,11 +82,11 @@ def test_bad_option_is_named(name, value):
         plain_adaqn(random_parameters([(2,)]), **{name: value})
 
 
-def test_options_other_than_rates_are_common_to_all_groups():
+def test_options_of_groups_are_checked():
     a, b = random_parameters([(2,), (3,)])
-    plain_adaqn([{"params": [a], "lr": 0.1, "weight_decay": 0.2}, {"params": [b]}])
-    with pytest.raises(ValueError, match="decay.*0.5"):
-        plain_adaqn([{"params": [a]}, {"params": [b], "decay": 0.5}])
+    plain_adaqn([{"params": [a], "lr": 0.1, "weight_decay": 0.2}, {"params": [b], "decay": 0.5}])
+    with pytest.raises(ValueError, match="decay: expected.*1.5"):
+        plain_adaqn([{"params": [a]}, {"params": [b], "decay": 1.5}])
     with pytest.raises(ValueError, match="lr"):
         plain_adaqn([{"params": [a]}, {"params": [b], "lr": -1}])
 
@@ -427,7 +427,7 @@ def test_failed_add_param_group_changes_nothing():
     before = snapshot(optimizer)
     for bad in (
         {"params": [torch.zeros(2, dtype=torch.int32)]},
-        {"params": random_parameters([(2,)]), "init": "adagrad"},
+        {"params": random_parameters([(2,)]), "init": "scalar"},
         {"params": [torch.zeros(2, device="meta")]},
         {"params": [old]},
     ):
@@ -482,9 +482,9 @@ def test_rows_of_rings_begin_at_16_bytes(dtype, d):
 
 def test_bfloat16_rings_take_half_the_bytes():
     params = random_parameters([(1000,)])
-    full = Sizes.of(params, PLAIN, None).bytes()
+    full = Sizes.of(params, PLAIN, None, False).bytes()
     halved = {**PLAIN, "history_dtype": torch.bfloat16, "fisher_dtype": torch.bfloat16}
-    half = Sizes.of(params, halved, None).bytes()
+    half = Sizes.of(params, halved, None, False).bytes()
     assert full - half == 1000 * 2 * (22 + 32)
 
 

@@ -60,10 +60,14 @@ a reset, which drops all momentum, leaves their w.
 
 from .acceptance import count_step, step_is_accepted
 from .averages import (
+    Averages,
+    Run,
+    averages_of_each,
     bias_correction,
     clip_factor,
     look_ahead_from_new,
     old_and_new,
+    runs_of,
 )
 from .descent import diagonal_step
 from .direction import (
@@ -74,6 +78,8 @@ from .direction import (
     direction_pass2,
     direction_pass3,
     direction_step,
+    moments_anew,
+    projections_by_run,
     standing_moments,
 )
 from .flat import flatten, gradient_vector, presence, write_back
@@ -112,7 +118,10 @@ from .secant import (
 )
 
 __all__ = [
+    "Averages",
+    "Run",
     "average",
+    "averages_of_each",
     "backward_coefficients",
     "bias_correction",
     "cap_factor",
@@ -141,10 +150,13 @@ __all__ = [
     "kronecker_apply",
     "kronecker_step",
     "look_ahead_from_new",
+    "moments_anew",
     "newest_slot",
     "old_and_new",
     "presence",
     "product",
+    "projections_by_run",
+    "runs_of",
     "scalar_initial_matrix",
     "secant_combine",
     "secant_decide",

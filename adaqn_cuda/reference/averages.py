@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby, repeat
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..layout import Counter, Flag
+
+
+class Averages(NamedTuple):
+    """How gradients are averaged: m = beta m + (1 - beta) g;  v = keep v + add g^2.
+
+    1 / D = sqrt(correction v + eps).
+    """
+
+    beta: float
+    keep: float
+    add: float
+    eps: float
+
+
+def averages_of_each(group_sizes: Sequence[int], *numbers: Sequence[float]) -> list[Averages]:
+    """Per parameter, those of its group, of which ``numbers`` holds the fields."""
+    groups = map(Averages, *numbers)
+    return list(chain.from_iterable(map(repeat, groups, group_sizes)))
+
+
+class Run(NamedTuple):
+    """Successive elements of the flat vectors whose averages are the same."""
+
+    size: int
+    own: Averages
+
+
+def runs_of(params: list[Tensor], each: list[Averages]) -> list[Run]:
+    """The runs that make up the flat vectors; one, where all ``each`` are the same."""
+    sized = groupby(zip(params, each, strict=True), lambda pair: pair[1])
+    return [Run(sum(p.numel() for p, _ in pairs), own) for own, pairs in sized]
+
+
+def by_run(runs: list[Run], *vectors: Any) -> Iterator[tuple[Any, ...]]:
+    """Each run's averages, and its parts of the vectors; what is no vector is the same for all."""
+    sizes = [run.size for run in runs]
+    parts = (
+        x.split(sizes) if isinstance(x, Tensor) and x.dim() else repeat(x, len(runs))
+        for x in vectors
+    )
+    return zip((run.own for run in runs), *parts, strict=True)
+
+
+def joined(pieces: list[Tensor]) -> Tensor:
+    """One vector of what each run has come to."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def clip_factor(projections: Tensor, max_grad_norm: float) -> Tensor:
@@ -32,13 +82,33 @@ def old_and_new(counters: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def look_ahead_from_new(
-    g: Tensor, momentum: Tensor | None, counters: Tensor, beta: float, here: Tensor | bool
+    g: Tensor, momentum: Tensor | None, counters: Tensor, runs: list[Run], here: Tensor | bool
 ) -> Tensor:
     """q of :func:`look_ahead`, where ``momentum`` has g in it already; zero if not ``here``."""
     if momentum is None:
         return g
-    ahead, now = look_ahead(counters, beta)
-    q = ahead * momentum + now * g
+    parts = []
+    for own, g_k, m in by_run(runs, g, momentum):
+        ahead, now = look_ahead(counters, own.beta)
+        parts.append(ahead * m + now * g_k)
+    return where_here(here, joined(parts))
+
+
+def look_ahead_from_old(
+    g: Tensor, momentum: Tensor | None, counters: Tensor, runs: list[Run], here: Tensor | bool
+) -> Tensor:
+    """The same, where ``momentum`` does not have g in it yet."""
+    if momentum is None:
+        return g
+    parts = []
+    for own, g_k, m in by_run(runs, g, momentum):
+        of_m, of_g = old_and_new(counters, own.beta)
+        parts.append(of_m * m + of_g * g_k)
+    return where_here(here, joined(parts))
+
+
+def where_here(here: Tensor | bool, q: Tensor) -> Tensor:
+    """``q``, but zero for elements that are not ``here``."""
     return torch.where(here, q, 0.0) if isinstance(here, Tensor) else q
 
 
@@ -46,7 +116,7 @@ def blend(
     g: Tensor,
     momentum: Tensor | None,
     counters: Tensor,
-    beta: float,
+    runs: list[Run],
     accepted: Tensor,
     here: Tensor | bool,
 ) -> Tensor:
@@ -54,12 +124,11 @@ def blend(
 
     Elements that are not ``here`` keep their momentum, and have no q.
     """
-    if momentum is None:
-        return g
-    of_m, of_g = old_and_new(counters, beta)
-    q = of_m * momentum + of_g * g
-    momentum.copy_(torch.where(accepted & here, beta * momentum + (1 - beta) * g, momentum))
-    return torch.where(here, q, 0.0) if isinstance(here, Tensor) else q
+    q = look_ahead_from_old(g, momentum, counters, runs, here)
+    if momentum is not None:
+        for own, g_k, m, here_k in by_run(runs, g, momentum, here):
+            m.copy_(torch.where(accepted & here_k, own.beta * m + (1 - own.beta) * g_k, m))
+    return q
 
 
 #: Multiple of the root of the average |g|^2 beyond which a gradient is an outlier.
@@ -111,10 +180,9 @@ def bias_correction(counters: Tensor, keep: float, enabled: bool, pending: int =
 def diagonal_root(
     g: Tensor,
     accumulator: Tensor,
-    keep: float,
-    add: float,
-    eps: float,
-    correction: Tensor,
+    counters: Tensor,
+    runs: list[Run],
+    correct_bias: bool,
     accepted: Tensor,
     here: Tensor | bool,
 ) -> Tensor:
@@ -122,7 +190,22 @@ def diagonal_root(
 
     Elements that are not ``here`` keep their v.
     """
-    v = keep * accumulator + add * g * g
-    v = torch.where(here, v, accumulator) if isinstance(here, Tensor) else v
-    accumulator.copy_(torch.where(accepted, v, accumulator))
-    return torch.sqrt(correction * v + eps)
+    roots = []
+    for own, g_k, old, here_k in by_run(runs, g, accumulator, here):
+        v = own.keep * old + own.add * g_k * g_k
+        v = torch.where(here_k, v, old) if isinstance(here_k, Tensor) else v
+        old.copy_(torch.where(accepted, v, old))
+        roots.append(torch.sqrt(bias_correction(counters, own.keep, correct_bias) * v + own.eps))
+    return joined(roots)
+
+
+def settled_root(
+    accumulator: Tensor, counters: Tensor, runs: list[Run], correct_bias: bool
+) -> Tensor:
+    """1 / D with v as it is, once the step has been counted."""
+    return joined(
+        [
+            torch.sqrt(bias_correction(counters, own.keep, correct_bias, pending=0) * v + own.eps)
+            for own, v in by_run(runs, accumulator)
+        ]
+    )

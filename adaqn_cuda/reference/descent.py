@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import state_dtype
 from .acceptance import count_step, measure_gradient, step_is_accepted
-from .averages import bias_correction, blend, clip_factor, diagonal_root
+from .averages import averages_of_each, blend, clip_factor, diagonal_root, runs_of
 from .flat import flatten, gradient_vector, presence, write_back
 
 
@@ -22,10 +22,10 @@ def diagonal_step(
     found_inf: Tensor | None,
     maximize: bool,
     max_grad_norm: float,
-    beta: float,
-    keep: float,
-    add: float,
-    eps: float,
+    betas: list[float],
+    keeps: list[float],
+    adds: list[float],
+    epsilons: list[float],
     correct_bias: bool,
     group_sizes: list[int],
     lr: list[float],
@@ -45,10 +45,10 @@ def diagonal_step(
     measure_gradient(g, found_inf, projections)
     accepted, here = step_is_accepted(projections, counters), presence(params, grads)
     g = g * clip_factor(projections, max_grad_norm)
-    p = blend(g, momentum, counters, beta, accepted, here)
+    runs = runs_of(params, averages_of_each(group_sizes, betas, keeps, adds, epsilons))
+    p = blend(g, momentum, counters, runs, accepted, here)
     if accumulator is not None:
-        correction = bias_correction(counters, keep, correct_bias)
-        p = p / diagonal_root(g, accumulator, keep, add, eps, correction, accepted, here)
+        p = p / diagonal_root(g, accumulator, counters, runs, correct_bias, accepted, here)
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
     descend(params, flatten(params, p.dtype), p, accepted & here, *rates)
     count_step(counters, projections, accepted, fisher_size=1)

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..layout import Counter, state_dtype
 from .acceptance import count_step, measure_gradient, step_is_accepted
-from .averages import bias_correction, blend, clip_factor, diagonal_root, old_and_new
+from .averages import (
+    Run,
+    averages_of_each,
+    blend,
+    clip_factor,
+    diagonal_root,
+    look_ahead_from_old,
+    old_and_new,
+    runs_of,
+)
 from .descent import descend
 from .flat import finite_or_zero, flatten, gradient_vector, presence
 from .recursion import backward_coefficients, forward_coefficients, scalar_initial_matrix
@@ -46,14 +55,18 @@ def direction_step(
     images: Tensor,
     counters: Tensor,
 ) -> None:
-    """The three passes one after the other: a whole step on one device."""
+    """The three passes one after the other: a whole step on one device.
+
+    All groups have the same averages.
+    """
     direction_pass1(
         params, grads, s_ring, counters, grad_scale, found_inf, maximize, max_grad_norm, beta,
         moments, projections,
     )  # fmt: skip
     direction_pass2(
         params, grads, y_ring, gram, counters, projections, grad_scale, maximize, max_grad_norm,
-        beta, keep, add, eps, correct_bias, False, momentum, accumulator, fisher, direction, images,
+        *([x] * len(group_sizes) for x in (beta, keep, add, eps)), correct_bias, group_sizes, False,
+        momentum, accumulator, fisher, direction, images,
     )  # fmt: skip
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
     direction_pass3(
@@ -103,6 +116,30 @@ def standing_moments(
     return torch.stack(still).sum(0).double()
 
 
+def projections_by_run(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    s_ring: Tensor,
+    counters: Tensor,
+    grad_scale: Tensor | None,
+    maximize: bool,
+    max_grad_norm: float,
+    runs: list[Run],
+    momentum: Tensor,
+    projections: Tensor,
+) -> None:
+    """u_i = s_i.q, where decays of the momentum differ and s_i.m does not tell; after pass 1."""
+    g = gradient_vector(params, grads, momentum.dtype, grad_scale, maximize)
+    g = g * clip_factor(projections, max_grad_norm)
+    q = look_ahead_from_old(g, momentum, counters, runs, presence(params, grads))
+    projections[: len(s_ring)] = finite_or_zero(s_ring.to(q.dtype) @ q)
+
+
+def moments_anew(s_ring: Tensor, momentum: Tensor) -> Tensor:
+    """s_i.m after such a step."""
+    return (s_ring.to(momentum.dtype) @ momentum).double()
+
+
 def direction_pass2(
     params: list[Tensor],
     grads: list[Tensor | None],
@@ -113,11 +150,12 @@ def direction_pass2(
     grad_scale: Tensor | None,
     maximize: bool,
     max_grad_norm: float,
-    beta: float,
-    keep: float,
-    add: float,
-    eps: float,
+    betas: list[float],
+    keeps: list[float],
+    adds: list[float],
+    epsilons: list[float],
     correct_bias: bool,
+    group_sizes: list[int],
     identity: bool,
     momentum: Tensor | None,
     accumulator: Tensor | None,
@@ -136,11 +174,11 @@ def direction_pass2(
     g = g * clip_factor(projections, max_grad_norm)
     y = y_ring.to(g.dtype)
     a = backward_coefficients(gram, counters, projections)
-    q = blend(g, momentum, counters, beta, accepted, here)
+    runs = runs_of(params, averages_of_each(group_sizes, betas, keeps, adds, epsilons))
+    q = blend(g, momentum, counters, runs, accepted, here)
     r = q - a.to(g.dtype) @ y
     if accumulator is not None:
-        correction = bias_correction(counters, keep, correct_bias)
-        root = diagonal_root(g, accumulator, keep, add, eps, correction, accepted, here)
+        root = diagonal_root(g, accumulator, counters, runs, correct_bias, accepted, here)
         q, r = q / root, r / root
     elif not identity:
         gamma = scalar_initial_matrix(gram, counters)

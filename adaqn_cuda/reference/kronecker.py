@@ -52,7 +52,16 @@ from torch import Tensor
 from ..layout import Counter, Flag
 from ..plan import Column, pieces
 from .acceptance import count_step, measure_gradient, step_is_accepted
-from .averages import bias_correction, blend, clip_factor, divide_gradient, surplus
+from .averages import (
+    Averages,
+    averages_of_each,
+    bias_correction,
+    blend,
+    clip_factor,
+    divide_gradient,
+    runs_of,
+    surplus,
+)
 from .descent import descend
 from .flat import flatten, gradient_vector, presence
 
@@ -171,10 +180,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices of equal shape and cut.
+    """Matrices of equal shape, cut and averages.
 
     Args:
         params: indices of their parameters.
+        own: how their gradients are averaged.
         starts: where they begin in the flat vectors.
         shape: rows and columns.
         left: their rows.
@@ -182,6 +192,7 @@ class Bucket:
     """
 
     params: tuple[int, ...]
+    own: Averages
     starts: tuple[int, ...]
     shape: tuple[int, int]
     left: Side
@@ -216,24 +227,29 @@ class Bucket:
         return bool(self.left.strips or self.right.strips)
 
 
-def buckets_of(table: Tensor, present: Sequence[bool] | None = None) -> tuple[Bucket, ...]:
-    """Equal matrices together; only those whose parameter is ``present``, if given."""
+def buckets_of(
+    table: Tensor, each: Sequence[Averages], present: Sequence[bool] | None = None
+) -> tuple[Bucket, ...]:
+    """Equal matrices together, with averages by parameter; of those that are ``present``."""
     rows = tuple(map(tuple, table.tolist()))
-    return _buckets(rows, None if present is None or all(present) else tuple(present))
+    some = None if present is None or all(present) else tuple(present)
+    return _buckets(rows, tuple(each), some)
 
 
 @lru_cache(maxsize=64)
 def _buckets(
-    rows: tuple[tuple[int, ...], ...], present: tuple[bool, ...] | None
+    rows: tuple[tuple[int, ...], ...],
+    each: tuple[Averages, ...],
+    present: tuple[bool, ...] | None,
 ) -> tuple[Bucket, ...]:
     groups: dict[Any, list[tuple[tuple[int, ...], list[int]]]] = {}
     for row in rows:
         own = list(range(row[Column.TURN], row[Column.TURN] + _factors_in(row)))
         if present is None or present[row[Column.PARAM]]:
             factored = (row[Column.LEFT] >= 0, row[Column.RIGHT] >= 0)
-            key = (*row[Column.ROWS : Column.LEFT], *factored)
+            key = (each[row[Column.PARAM]], *row[Column.ROWS : Column.LEFT], *factored)
             groups.setdefault(key, []).append((row, own))
-    return tuple(map(_bucket, groups.values()))
+    return tuple(_bucket(averages, members) for (averages, *_), members in groups.items())
 
 
 def _factors_in(row: tuple[int, ...]) -> int:
@@ -241,12 +257,13 @@ def _factors_in(row: tuple[int, ...]) -> int:
     return left + (row[Column.COLUMN_PIECES] if row[Column.RIGHT] >= 0 else 0)
 
 
-def _bucket(members: list[tuple[tuple[int, ...], list[int]]]) -> Bucket:
+def _bucket(averages: Averages, members: list[tuple[tuple[int, ...], list[int]]]) -> Bucket:
     rows = [row for row, _ in members]
     first = rows[0]
     on_the_left = first[Column.ROW_PIECES] if first[Column.LEFT] >= 0 else 0
     return Bucket(
         tuple(row[Column.PARAM] for row in rows),
+        averages,
         tuple(row[Column.START] for row in rows),
         (first[Column.ROWS], first[Column.COLUMNS]),
         _side(
@@ -354,7 +371,10 @@ def kronecker_accumulate(
     grad_scale: Tensor | None,
     maximize: bool,
     max_grad_norm: float,
-    keep: float,
+    group_sizes: list[int],
+    keeps: list[float],
+    adds: list[float],
+    square_keep: float,
     call: int,
     interval: int,
     accumulator: Tensor,
@@ -364,12 +384,15 @@ def kronecker_accumulate(
 ) -> None:
     """g enters the factors, the bases follow, then g enters v; after pass 1.
 
-    Of parameters without a gradient, every number keeps every bit; of all, if the step is dropped.
+    The average of |g|^2, which is one for all, decays by ``square_keep``.  Of parameters without a
+    gradient, every number keeps every bit; of all, if the step is dropped.
     """
+    zeros = [0.0] * len(group_sizes)
+    each = averages_of_each(group_sizes, zeros, keeps, adds, zeros)
     accepted = step_is_accepted(projections, counters)
     clip = clip_factor(projections, max_grad_norm)
     g = gradient_vector(params, grads, accumulator.dtype, grad_scale, maximize) * clip
-    for bucket in buckets_of(table, [g is not None for g in grads]):
+    for bucket in buckets_of(table, each, [g is not None for g in grads]):
         x, v = bucket.gather(g), bucket.gather(accumulator)
         sides = ((bucket.left, x, v), (bucket.right, x.mT, v.mT))
         for side, rows, v_rows in sides:
@@ -377,11 +400,12 @@ def kronecker_accumulate(
                 _take_in(strip, rows, factors, accepted, call)
                 _refresh(strip, v_rows, factors, bases, accepted, call, interval)
         r = bucket.rotate(x, bases)
-        new = keep * v + (1 - keep) * r * r
+        new = bucket.own.keep * v + bucket.own.add * r * r
         for old, entered in zip(bucket.parts(accumulator), new, strict=True):
             old.copy_(torch.where(accepted, entered, old))
     norm = projections[Flag.SQUARE].sqrt().clamp(max=max_grad_norm)
-    square.copy_(torch.where(accepted, keep * square + (1 - keep) * norm * norm, square))
+    mean = square_keep * square + (1 - square_keep) * norm * norm
+    square.copy_(torch.where(accepted, mean, square))
 
 
 def _take_in(strip: Strip, x: Tensor, factors: Tensor, accepted: Tensor, call: int) -> None:
@@ -434,8 +458,9 @@ def kronecker_apply(
     counters: Tensor,
     accumulator: Tensor,
     bases: Tensor,
-    keep: float,
-    eps: float,
+    group_sizes: list[int],
+    keeps: list[float],
+    epsilons: list[float],
     correct_bias: bool,
     pending: int,
     inverse: bool,
@@ -445,15 +470,17 @@ def kronecker_apply(
 
     ``pending`` is 1 before an accepted step is counted, and 0 after.
     """
-    correction = bias_correction(counters, keep, correct_bias, pending).to(x.dtype)
+    zeros = [0.0] * len(group_sizes)
+    each = averages_of_each(group_sizes, zeros, keeps, zeros, epsilons)
     floor = floor_under(counters, pending, x.dtype).to(x.dtype)
     scaled: Callable[[Tensor, Tensor], Tensor] = torch.mul if inverse else torch.div
-    for bucket in buckets_of(table):
+    for bucket in buckets_of(table, each):
+        correction = bias_correction(counters, bucket.own.keep, correct_bias, pending).to(x.dtype)
         v = bucket.gather(accumulator)
         if bucket.factored:
             for tile in bucket.tiles(v):
                 tile.add_(floor * tile.amax((2, 4), keepdim=True))
-        root = torch.sqrt(correction * v + eps)
+        root = torch.sqrt(correction * v + bucket.own.eps)
         r = scaled(bucket.rotate(bucket.gather(x), bases), root)
         torch._foreach_copy_(bucket.parts(x), list(bucket.rotate_back(r, bases)))
 
@@ -469,10 +496,12 @@ def kronecker_step(
     found_inf: Tensor | None,
     maximize: bool,
     max_grad_norm: float,
-    beta: float,
-    keep: float,
-    eps: float,
+    betas: list[float],
+    keeps: list[float],
+    adds: list[float],
+    epsilons: list[float],
     correct_bias: bool,
+    square_keep: float,
     call: int,
     interval: int,
     group_sizes: list[int],
@@ -498,18 +527,21 @@ def kronecker_step(
         gradient_vector(params, grads, dtype, grad_scale, maximize), found_inf, projections
     )
     grad_scale = shorten_outlier(
-        square, keep, correct_bias, beta, max_grad_norm, grad_scale,
+        square, square_keep, correct_bias, 0.0, max_grad_norm, grad_scale,
         projections.new_empty(0), projections, counters,
     )  # fmt: skip
     kronecker_accumulate(
-        params, grads, table, projections, counters, grad_scale, maximize, max_grad_norm, keep,
-        call, interval, accumulator, factors, bases, square,
+        params, grads, table, projections, counters, grad_scale, maximize, max_grad_norm,
+        group_sizes, keeps, adds, square_keep, call, interval, accumulator, factors, bases, square,
     )  # fmt: skip
     accepted, here = step_is_accepted(projections, counters), presence(params, grads)
     g = gradient_vector(params, grads, dtype, grad_scale, maximize)
     g = g * clip_factor(projections, max_grad_norm)
-    p = blend(g, momentum, counters, beta, accepted, here)
-    kronecker_apply(table, counters, accumulator, bases, keep, eps, correct_bias, 1, False, p)
+    runs = runs_of(params, averages_of_each(group_sizes, betas, keeps, adds, epsilons))
+    p = blend(g, momentum, counters, runs, accepted, here)
+    kronecker_apply(
+        table, counters, accumulator, bases, group_sizes, keeps, epsilons, correct_bias, 1, False, p
+    )
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
     descend(params, flatten(params, dtype), p, accepted & here, *rates)
     count_step(counters, projections, accepted, fisher_size=1)

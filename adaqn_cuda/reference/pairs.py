@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import Counter, Loss
 from .acceptance import step_is_accepted
-from .averages import bias_correction
+from .averages import Run, settled_root
 from .flat import flatten, write_back
 from .iterate import average
 from .recursion import free_slot, newest_slot, scalar_initial_matrix
@@ -25,8 +25,7 @@ def initial_product(
     anchor: Tensor,
     gram: Tensor,
     counters: Tensor,
-    keep: float,
-    eps: float,
+    runs: list[Run],
     correct_bias: bool,
     accumulator: Tensor | None,
     image: Tensor,
@@ -36,8 +35,7 @@ def initial_product(
     if accumulator is None:
         image.copy_(s / scalar_initial_matrix(gram, counters))
     else:
-        correction = bias_correction(counters, keep, correct_bias, pending=0)
-        image.copy_(s * torch.sqrt(correction * accumulator + eps))
+        image.copy_(s * settled_root(accumulator, counters, runs, correct_bias))
 
 
 def curvature_pass_a(

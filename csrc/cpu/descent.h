@@ -38,9 +38,8 @@ struct Descent {
   const Gradient& gradient;
   const Averages& averages;
   const std::vector<Rates>& rates;
-  LookAhead look;
+  std::vector<Blend<T>> blends;
   T clip;
-  T correction;
 
   Descent(const Scattered& params_, const Gradient& gradient_, const Averages& averages_,
           const std::vector<Rates>& rates_, const double* flags, const int64_t* counters)
@@ -48,10 +47,8 @@ struct Descent {
         gradient(gradient_),
         averages(averages_),
         rates(rates_),
-        look(counters, averages_.beta),
-        clip(static_cast<T>(clip_factor(flags, gradient_.max_norm))),
-        correction(
-            static_cast<T>(bias_correction(counters, averages_.keep, averages_.correct_bias))) {}
+        blends(blends_of<T>(averages_, counters)),
+        clip(static_cast<T>(clip_factor(flags, gradient_.max_norm))) {}
 
   /// A block of at most kBlock elements; without an accumulator along q itself.
   void move_along_diagonal(int64_t at, int64_t n) const {
@@ -60,13 +57,14 @@ struct Descent {
     T* m = part_of<T>(averages.momentum, at);
     T* v = part_of<T>(averages.accumulator, at);
     T* w = params.view(at, n, block);
-    const Momentum<T> momentum(look);
-    const Diagonal<T> diagonal(averages, correction);
-    for_rates(rates, at, n, [&](const Rates& own, int64_t first, int64_t last) {
-      const Advance<T> advance(own, 1);
-      with_flag(m != nullptr, [&](auto has_m) {
-        with_flag(v != nullptr, [&](auto has_v) {
-          move_elements(momentum, diagonal, advance, first, last, g, m, v, w, has_m, has_v);
+    for_runs(blends, at, n, [&](const Blend<T>& blend, int64_t begin, int64_t end) {
+      for_runs(rates, at + begin, end - begin, [&](const Rates& own, int64_t first, int64_t last) {
+        const Advance<T> advance(own, 1);
+        with_flag(m != nullptr, [&](auto has_m) {
+          with_flag(v != nullptr, [&](auto has_v) {
+            move_elements(blend.momentum, blend.diagonal, advance, begin + first, begin + last, g,
+                          m, v, w, has_m, has_v);
+          });
         });
       });
     });

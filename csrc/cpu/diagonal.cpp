@@ -23,8 +23,8 @@ void move(ParallelFor parallel_for, const DiagonalStep& a, T) {
 
 void diagonal_step(ParallelFor parallel_for, const DiagonalStep& a) {
   const Matrix no_pairs{nullptr, a.dtype, 0, a.params.size(), 0};
-  direction_pass1(parallel_for, {a.gradient, a.dtype, no_pairs, a.counters, a.found_inf,
-                                 a.averages.beta, nullptr, a.flags});
+  direction_pass1(parallel_for,
+                  {a.gradient, a.dtype, no_pairs, a.counters, a.found_inf, 0, nullptr, a.flags});
   const bool accepted = step_is_accepted(a.flags, a.counters);
   if (accepted) with_vector_type(a.dtype, [&](auto t) { move(parallel_for, a, t); });
   count_step(a.counters, a.flags, accepted, 1);

@@ -74,11 +74,9 @@ void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
   const auto y = pair_rows<R>(a.y_ring, ring);
   auto minus_a = by_age<T>(backward(a.gram, ring, a.projections), ring);
   for (T& number : minus_a) number = -number;
-  const Averages &averages = a.averages, standing = averages.standing();
-  const LookAhead look(a.counters, averages.beta);
+  const auto blends = blends_of<T>(a.averages, a.counters);
+  T *m = static_cast<T*>(a.averages.momentum), *v = static_cast<T*>(a.averages.accumulator);
   const T clip = static_cast<T>(clip_factor(flags, a.gradient.max_norm));
-  const T correction =
-      static_cast<T>(bias_correction(a.counters, averages.keep, averages.correct_bias));
   const T gamma = static_cast<T>(scalar_initial_matrix(a.gram, ring));
   T* direction = static_cast<T*>(a.direction);
   F* newest = a.fisher.rows > 0 ? row<F>(a.fisher, a.counters[counter::next_gradient]) : nullptr;
@@ -88,13 +86,20 @@ void pass2(ParallelFor parallel_for, const Pass2& a, T, R, F) {
     for_blocks(a.gradient.tensors, begin, end, [&](int64_t at, int64_t n, bool present) {
       T block[kBlock], blended[kBlock], r[kBlock];
       const T* g = view_gradient(a.gradient, clip, at, n, block);
-      const T* q = averages.momentum != nullptr && present ? blended : g;
-      if (q == blended) blend(averages, look, g, at, n, blended);
+      const T* q = m != nullptr && present ? blended : g;
+      if (q == blended) {
+        for_runs(blends, at, n, [&](const Blend<T>& own, int64_t first, int64_t last) {
+          blend(own.momentum, g + first, last - first, m + at + first, blended + first);
+        });
+      }
       std::copy_n(q, n, r);
       add_combination(y, minus_a, at, n, r);
-      if (averages.accumulator != nullptr) {
-        const Averages& entering = present ? averages : standing;
-        sums[ring.pairs] += scale_by_diagonal(entering, correction, g, q, at, n, r);
+      if (v != nullptr) {
+        for_runs(blends, at, n, [&](const Blend<T>& own, int64_t first, int64_t last) {
+          const Diagonal<T> diagonal = present ? own.diagonal : own.diagonal.standing();
+          sums[ring.pairs] += scale_by_diagonal(diagonal, g + first, q + first, last - first,
+                                                v + at + first, r + first);
+        });
       } else if (!a.identity) {
         sums[ring.pairs] += scale_by_scalar(gamma, q, n, r);
       }

@@ -347,7 +347,7 @@ inline void permute(T* v, const Rows& tile, const int32_t* rows, const int32_t* 
   }
 }
 
-/// v = keep v + (1 - keep) r*r.
+/// v = keep v + add r*r.
 template <class T>
 inline void average_squares(T keep, T add, const T* r, int64_t n, T* v) {
   for (int64_t l = 0; l < n; ++l) v[l] = keep * v[l] + add * r[l] * r[l];
@@ -372,17 +372,18 @@ inline T largest(const T* v, const Rows& tile) {
   return most;
 }
 
-/// What is made of v: its root, sqrt(correction (v + floor max v) + eps).
+/// What is made of v: its root, sqrt(correction (v + floor max v) + eps), of elements up to `end`.
 template <class T>
 struct Spectrum {
+  int64_t end;
   T correction, floor, eps;
 
-  Spectrum(const Averages& averages, const int64_t* counters, int pending)
-      : correction(static_cast<T>(
-            bias_correction(counters, averages.keep, averages.correct_bias, pending))),
+  Spectrum(const Averaging& own, bool correct_bias, const int64_t* counters, int pending)
+      : end(own.end),
+        correction(static_cast<T>(bias_correction(counters, own.keep, correct_bias, pending))),
         floor(static_cast<T>(kronecker_floor(std::numeric_limits<T>::epsilon(),
                                              counters[counter::accepted] + pending))),
-        eps(static_cast<T>(averages.eps)) {}
+        eps(static_cast<T>(own.eps)) {}
 
   /// x / root, or with `inverse` x times the root.
   void scale(const T* v, T raised, bool inverse, int64_t n, T* x) const {
@@ -400,6 +401,16 @@ struct Spectrum {
     }
   }
 };
+
+template <class T>
+std::vector<Spectrum<T>> spectra_of(const Averages& a, const int64_t* counters, int pending) {
+  std::vector<Spectrum<T>> spectra;
+  spectra.reserve(a.runs.size());
+  for (const Averaging& own : a.runs) {
+    spectra.emplace_back(own, a.correct_bias, counters, pending);
+  }
+  return spectra;
+}
 
 /// The basis that each worker has in its memory.
 template <class T>
@@ -420,8 +431,9 @@ inline void descend_tile(const Descent<T>& descent, const Rows& tile, const T* p
 template <class T>
 inline void move_tile(const KroneckerAccumulate& a, T clip, const FactorPlan& plan,
                       const Tile& tile, Scratch scratch, const T*& loaded,
-                      const Descent<T>* descent, const Spectrum<T>& spectrum) {
+                      const Descent<T>* descent, const std::vector<Spectrum<T>>& spectra) {
   const Rows rows = tile.rows();
+  const Averaging& own = run_at(a.averages.runs, rows.begin);
   const Rotation<T> rotation(static_cast<const T*>(a.bases), tile, scratch, loaded);
   TileBuffers<T> b(scratch, rows.count, rows.length);
   T* v = static_cast<T*>(a.averages.accumulator) + rows.begin;
@@ -430,21 +442,22 @@ inline void move_tile(const KroneckerAccumulate& a, T clip, const FactorPlan& pl
   clear_padding(b.first, b.stride, rows.count, rows.length);
   const bool blended = descent != nullptr && a.averages.momentum != nullptr;
   if (blended) {
+    const Momentum<T>& momentum = run_at(descent->blends, rows.begin).momentum;
+    T* m = static_cast<T*>(a.averages.momentum) + rows.begin;
     for (int64_t k = 0; k < rows.count; ++k) {
-      blend(a.averages, descent->look, b.first + k * b.stride, rows.begin + k * rows.apart,
-            rows.length, b.second + k * b.stride);
+      blend(momentum, b.first + k * b.stride, rows.length, m + k * rows.apart,
+            b.second + k * b.stride);
     }
     clear_padding(b.second, b.stride, rows.count, rows.length);
   }
   rotation.rotate(b.first, b.spare, b.stride);
-  average_squares(static_cast<T>(a.averages.keep), static_cast<T>(1 - a.averages.keep), rows,
-                  b.first, b.stride, v);
+  average_squares(static_cast<T>(own.keep), static_cast<T>(own.add), rows, b.first, b.stride, v);
   if (descent == nullptr) return;
   if (blended) {
     std::swap(b.first, b.second);
     rotation.rotate(b.first, b.spare, b.stride);
   }
-  spectrum.scale(v, rows, false, b.first, b.stride);
+  run_at(spectra, rows.begin).scale(v, rows, false, b.first, b.stride);
   rotation.rotate_back(b.first, b.spare, b.stride);
   descend_tile(*descent, rows, b.first, b.spare, b.stride);
 }
@@ -453,7 +466,8 @@ inline void move_tile(const KroneckerAccumulate& a, T clip, const FactorPlan& pl
 template <class T>
 inline void move_chunk(const KroneckerAccumulate& a, T clip, const Tile& tile,
                        const Descent<T>* descent) {
-  const T keep = static_cast<T>(a.averages.keep), add = static_cast<T>(1 - a.averages.keep);
+  const Averaging& own = run_at(a.averages.runs, tile.chunk_begin());
+  const T keep = static_cast<T>(own.keep), add = static_cast<T>(own.add);
   for_blocks(tile.chunk_begin(), tile.chunk_end(), [&](int64_t at, int64_t n) {
     if (descent != nullptr) return descent->move_along_diagonal(at, n);
     T g[kBlock];
@@ -469,7 +483,7 @@ void accumulate(ParallelFor parallel_for, const KroneckerAccumulate& a, const De
     return a.gradient.tensors.run(matrix.start, matrix.start + 1).present;
   };
   const T clip = static_cast<T>(clip_factor(a.flags, a.gradient.max_norm));
-  const Spectrum<T> spectrum(a.averages, a.counters, 1);
+  const auto spectra = spectra_of<T>(a.averages, a.counters, 1);
   // All memory comes before anything is written.
   const FactorPlan plan(a.matrices, a.schedule, moves);
   const std::vector<Tile> tiles = tiles_of(a.matrices, moves);
@@ -483,13 +497,13 @@ void accumulate(ParallelFor parallel_for, const KroneckerAccumulate& a, const De
     const Tile& tile = tiles[static_cast<size_t>(index)];
     if (tile.matrix->factored()) {
       move_tile(a, clip, plan, tile, workspace.of(worker), loaded[static_cast<size_t>(worker)],
-                descent, spectrum);
+                descent, spectra);
     } else {
       move_chunk(a, clip, tile, descent);
     }
   };
   for_tasks(parallel_for, workers, static_cast<int64_t>(tiles.size()), body);
-  *a.square = next_mean_square(*a.square, a.averages.keep, a.flags, a.gradient.max_norm);
+  *a.square = next_mean_square(*a.square, a.square_keep, a.flags, a.gradient.max_norm);
 }
 
 // ---------------------------------------------------------------- H0 and its inverse
@@ -516,9 +530,10 @@ void apply(ParallelFor parallel_for, const KroneckerApply& a, T) {
   const int64_t workers = useful_workers(a.matrices, a.workers);
   const Workspace workspace(workers, scratch_bytes<T>(tiles));
   Loaded<T> loaded(static_cast<size_t>(workers), nullptr);
-  const Spectrum<T> spectrum(a.averages, a.counters, a.pending);
+  const auto spectra = spectra_of<T>(a.averages, a.counters, a.pending);
   const auto body = [&](int64_t worker, int64_t index) {
     const Tile& tile = tiles[static_cast<size_t>(index)];
+    const Spectrum<T>& spectrum = run_at(spectra, tile.matrix->start);
     if (tile.matrix->factored()) {
       return apply_tile(a, spectrum, tile, workspace.of(worker),
                         loaded[static_cast<size_t>(worker)]);
@@ -534,8 +549,7 @@ void apply(ParallelFor parallel_for, const KroneckerApply& a, T) {
 
 /// Goes on as if the gradient had been given divided by what makes it an outlier.
 void shorten_outlier(const KroneckerStep& a) {
-  const double correction =
-      bias_correction(a.counters, a.averages.keep, a.averages.correct_bias, 0);
+  const double correction = bias_correction(a.counters, a.square_keep, a.averages.correct_bias, 0);
   const double surplus = gradient_surplus(a.flags, correction * *a.square);
   if (surplus == 1) return;
   a.flags[flag::square] /= surplus * surplus;
@@ -557,8 +571,8 @@ void kronecker_apply(ParallelFor parallel_for, const KroneckerApply& a) {
 
 void kronecker_step(ParallelFor parallel_for, const KroneckerStep& a) {
   const Matrix no_pairs{nullptr, a.dtype, 0, a.params.size(), 0};
-  direction_pass1(parallel_for, {a.gradient, a.dtype, no_pairs, a.counters, a.found_inf,
-                                 a.averages.beta, nullptr, a.flags});
+  direction_pass1(parallel_for,
+                  {a.gradient, a.dtype, no_pairs, a.counters, a.found_inf, 0, nullptr, a.flags});
   shorten_outlier(a);
   const bool accepted = step_is_accepted(a.flags, a.counters);
   if (accepted) {
@@ -566,8 +580,8 @@ void kronecker_step(ParallelFor parallel_for, const KroneckerStep& a) {
       const Descent<decltype(t)> descent(a.params, a.gradient, a.averages, a.rates, a.flags,
                                          a.counters);
       accumulate(parallel_for,
-                 {a.gradient, a.dtype, a.matrices, a.schedule, a.averages, a.flags, a.counters,
-                  a.factors, a.bases, a.square, a.workers},
+                 {a.gradient, a.dtype, a.matrices, a.schedule, a.averages, a.square_keep, a.flags,
+                  a.counters, a.factors, a.bases, a.square, a.workers},
                  &descent);
     });
   }

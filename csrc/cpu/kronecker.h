@@ -20,6 +20,7 @@ struct KroneckerAccumulate {
   const KroneckerMatrices& matrices;
   KroneckerSchedule schedule;
   Averages averages;    ///< momentum is not touched
+  double square_keep;   ///< decay of the average |g|^2
   const double* flags;  ///< words of namespace flag
   const int64_t* counters;
   void* factors;
@@ -48,6 +49,7 @@ struct KroneckerStep {
   const KroneckerMatrices& matrices;
   KroneckerSchedule schedule;
   Averages averages;
+  double square_keep;
   const std::vector<Rates>& rates;
   void* factors;
   void* bases;

@@ -28,6 +28,7 @@ struct Tensor {
   const void* grad;  // null: the parameter stands still
   int64_t numel;
   int32_t group;  // ascending from 0 over the list
+  int32_t kind;   // of its averages: one launch holds those of one kind
   Type param_type, grad_type;
 };
 
@@ -75,7 +76,8 @@ struct Scaling {
 };
 
 /// Averages of gradients:  m = beta m + (1 - beta) g;  v = keep v + add g^2;
-/// D = 1 / sqrt(correction v + eps).
+/// D = 1 / sqrt(correction v + eps).  An operation on several kinds takes them by kind, from host
+/// memory.
 struct Averages {
   double beta, keep, add, eps;
   bool correct_bias;
@@ -93,7 +95,9 @@ struct Kronecker {
   int64_t matrices;
   void *factors, *bases;  // of State::type
   double* square;         // the average |g|^2
+  double square_keep;     // its decay
   int64_t call, interval;
+  const int32_t* kinds;  // of each matrix's averages, host memory; null: all of kind 0
 };
 
 /// What L-BFGS on a deterministic loss has beside State, of which it uses the pairs, `direction`,
@@ -125,29 +129,29 @@ cudaError_t direction_pass1(const Parameters&, const State&, const Scaling&, dou
                             const Queue&);
 
 /// `identity`: D = 1 without an accumulator, and `images` wait for direction_images.
-cudaError_t direction_pass2(const Parameters&, const State&, const Scaling&, const Averages&,
-                            bool identity, const Queue&);
+cudaError_t direction_pass2(const Parameters&, const State&, const Scaling&,
+                            const Averages* by_kind, bool identity, const Queue&);
 cudaError_t direction_images(const State&, const Queue&);
 cudaError_t direction_pass3(const Parameters&, const State&, double beta, double max_direction,
                             const Rates&, const Queue&);
 
 /// A whole step without pairs: no slots, no sums of iterates, no direction.
-cudaError_t diagonal_step(const Parameters&, const State&, const Scaling&, const Averages&,
+cudaError_t diagonal_step(const Parameters&, const State&, const Scaling&, const Averages* by_kind,
                           const Rates&, const Queue&);
 
 size_t workspace_bytes(const Parameters&, const State&, const Kronecker&);
 
 /// The gradient enters L, R, their bases, v and |g|^2, after pass 1.
 cudaError_t kronecker_accumulate(const Parameters&, const State&, const Kronecker&, const Scaling&,
-                                 const Averages&, const Queue&);
+                                 const Averages* by_kind, const Queue&);
 
 /// direction = H0 direction, or with `inverse` H0^-1 direction; `pending` steps are not counted.
-cudaError_t kronecker_apply(const State&, const Kronecker&, const Averages&, int pending,
+cudaError_t kronecker_apply(const State&, const Kronecker&, const Averages* by_kind, int pending,
                             bool inverse, const Queue&);
 
 /// A whole step without pairs: no slots, no sums of iterates, no direction.
 cudaError_t kronecker_step(const Parameters&, const State&, const Kronecker&, const Scaling&,
-                           const Averages&, const Rates&, const Queue&);
+                           const Averages* by_kind, const Rates&, const Queue&);
 
 /// `direction` takes the parameters set aside.
 cudaError_t iterate_swap(const Parameters&, const State&, const Queue&);

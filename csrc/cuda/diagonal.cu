@@ -77,13 +77,13 @@ ADAQN_PASS_KERNEL diagonal_step_kernel(const __grid_constant__ Segments<Capacity
 /// Enqueues the step as one launch if one table holds all parameters and all blocks run at once.
 template <class T>
 cudaError_t try_fused(bool* done, const Parameters& list, const State& state,
-                      const Scaling& scaling, const Averages& averages, const Rates& rates,
+                      const Scaling& scaling, const Averages* by_kind, const Rates& rates,
                       const Queue& queue) {
   if (!is_fusible(list, state)) return cudaSuccess;
   Partials partials{queue.workspace, 0, 0};
   auto enqueue = [&](const auto& table, const TableRange& range, const Shape& shape) {
     return launch_at_once(done, diagonal_step_kernel<T, kCapacity<decltype(table)>>, shape,
-                          queue.stream, table, state, scaling, averages,
+                          queue.stream, table, state, scaling, by_kind[range.kind],
                           rates_of(rates, range, list), partials);
   };
   return for_each_step_launch<T, T>(list, state, partials, enqueue);
@@ -91,11 +91,11 @@ cudaError_t try_fused(bool* done, const Parameters& list, const State& state,
 
 template <class T>
 cudaError_t descend(const Parameters& list, const State& state, const Scaling& scaling,
-                    const Averages& averages, const Rates& rates, const Queue& queue) {
+                    const Averages* by_kind, const Rates& rates, const Queue& queue) {
   Partials unused{};
   auto enqueue = [&](const auto& table, const TableRange& range, const Shape& shape) {
     return launch(diagonal_descent_kernel<T, kCapacity<decltype(table)>>, shape, queue.stream,
-                  table, state, scaling, averages, rates_of(rates, range, list));
+                  table, state, scaling, by_kind[range.kind], rates_of(rates, range, list));
   };
   return for_each_step_launch<T, T>(list, state, unused, enqueue);
 }
@@ -103,15 +103,15 @@ cudaError_t descend(const Parameters& list, const State& state, const Scaling& s
 }  // namespace
 
 cudaError_t diagonal_step(const Parameters& list, const State& state, const Scaling& scaling,
-                          const Averages& averages, const Rates& rates, const Queue& queue) {
+                          const Averages* by_kind, const Rates& rates, const Queue& queue) {
   return with_types(state.type, state.type, [&](auto types) {
     using T = typename decltype(types)::T;
     bool done = false;
-    ADAQN_CUDA_TRY(try_fused<T>(&done, list, state, scaling, averages, rates, queue));
+    ADAQN_CUDA_TRY(try_fused<T>(&done, list, state, scaling, by_kind, rates, queue));
     if (done) return cudaSuccess;
-    ADAQN_CUDA_TRY(direction_pass1(list, state, scaling, averages.beta, queue));
-    ADAQN_CUDA_TRY(descend<T>(list, state, scaling, averages, rates, queue));
-    return enqueue_finish(state, averages.beta, queue);
+    ADAQN_CUDA_TRY(direction_pass1(list, state, scaling, 0, queue));
+    ADAQN_CUDA_TRY(descend<T>(list, state, scaling, by_kind, rates, queue));
+    return enqueue_finish(state, 0, queue);
   });
 }
 

@@ -324,14 +324,14 @@ cudaError_t direction_pass1(const Parameters& list, const State& state, const Sc
 }
 
 cudaError_t direction_pass2(const Parameters& list, const State& state, const Scaling& scaling,
-                            const Averages& averages, bool identity, const Queue& queue) {
+                            const Averages* by_kind, bool identity, const Queue& queue) {
   return with_types(state.type, state.pair_type, [&](auto types) {
     using T = typename decltype(types)::T;
     using H = typename decltype(types)::H;
     Partials partials{queue.workspace, 0, 0};
-    auto enqueue = [&](const auto& table, const TableRange&, const Shape& shape) {
+    auto enqueue = [&](const auto& table, const TableRange& range, const Shape& shape) {
       return launch(pass2_kernel<T, H, kCapacity<decltype(table)>>, shape, queue.stream, table,
-                    state, scaling, averages, identity, partials);
+                    state, scaling, by_kind[range.kind], identity, partials);
     };
     ADAQN_CUDA_TRY((for_each_step_launch<T, H>(list, state, partials, enqueue)));
     if (identity) return cudaSuccess;
@@ -367,7 +367,7 @@ cudaError_t direction_step(const Parameters& list, const State& state, const Sca
   }));
   if (done) return cudaSuccess;
   ADAQN_CUDA_TRY(direction_pass1(list, state, scaling, averages.beta, queue));
-  ADAQN_CUDA_TRY(direction_pass2(list, state, scaling, averages, false, queue));
+  ADAQN_CUDA_TRY(direction_pass2(list, state, scaling, &averages, false, queue));
   return direction_pass3(list, state, averages.beta, max_direction, rates, queue);
 }
 

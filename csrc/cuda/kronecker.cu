@@ -56,7 +56,7 @@ __device__ void collect_gradient(const State& state, const Kronecker& kronecker,
     double* flags = step.projections;
     const double square = before ? before->square : *kronecker.square;
     const double correction =
-        bias_correction(step.counters, averages.keep, averages.correct_bias, 0);
+        bias_correction(step.counters, kronecker.square_keep, averages.correct_bias, 0);
     surplus = gradient_surplus(flags, correction * square);
     flags[flag::square] /= surplus * surplus;
     step.weights->clip = clip_factor(flags, scaling.max_grad_norm);
@@ -76,9 +76,10 @@ __device__ void load_gradient_words(const State& state, const Scaling& scaling,
 }
 
 /// The average |g|^2 takes in this one.  One thread calls it, of the whole grid.
-__device__ void average_square(double* square, double keep, const double* flags,
+__device__ void average_square(const Kronecker& kronecker, const double* flags,
                                double max_grad_norm) {
-  *square = next_mean_square(*square, keep, flags, max_grad_norm);
+  double* square = kronecker.square;
+  *square = next_mean_square(*square, kronecker.square_keep, flags, max_grad_norm);
 }
 
 // ------------------------------------------------------------------ factors
@@ -251,7 +252,7 @@ ADAQN_PASS_KERNEL accumulate_kernel(const __grid_constant__ Matrices<Capacity> t
   load_gradient_words(state, scaling, averages, memory);
   if (!memory.step.accepted()) return;
   if (first && blockIdx.x == 0 && threadIdx.x == 0) {
-    average_square(kronecker.square, averages.keep, memory.step.flags(), scaling.max_grad_norm);
+    average_square(kronecker, memory.step.flags(), scaling.max_grad_norm);
   }
   visit_tiles(table, workspace, memory, [&](const Tile& tile, TileMemory<T>& own) {
     if (!table.moves(tile.matrix)) return;
@@ -299,7 +300,7 @@ ADAQN_PASS_KERNEL tiles_kernel(const __grid_constant__ Matrices<Capacity> table,
     copy_words(state.projections, memory.step.projections, flag::count);
     finish_step(state, memory.step);
     if (accepted && threadIdx.x == 0) {
-      average_square(kronecker.square, averages.keep, memory.step.flags(), scaling.max_grad_norm);
+      average_square(kronecker, memory.step.flags(), scaling.max_grad_norm);
     }
   }
   if (!accepted) return;
@@ -346,7 +347,7 @@ cudaError_t enqueue_flags(const Parameters& list, const State& state, const Kron
 /// `collect`: flags are still partial sums.
 template <class T>
 cudaError_t enqueue_factors(const Parameters& list, const State& state, const Kronecker& kronecker,
-                            const Scaling& scaling, const Averages& averages, bool collect,
+                            const Scaling& scaling, const Averages* by_kind, bool collect,
                             const Plan<T>& plan, const Queue& queue) {
   if (nothing_is_due(kronecker, Sizes(kronecker).factors)) return cudaSuccess;
   return for_each_table(
@@ -355,7 +356,7 @@ cudaError_t enqueue_factors(const Parameters& list, const State& state, const Kr
         if (factors == 0) return cudaSuccess;
         return launch(factors_kernel<T, kCapacity<decltype(table)>>,
                       plan.shape(factors, plan.workspace.of_factors), queue.stream, table, state,
-                      kronecker, scaling, averages, collect, plan.workspace);
+                      kronecker, scaling, by_kind[range.kind], collect, plan.workspace);
       });
 }
 
@@ -383,46 +384,45 @@ size_t workspace_bytes(const Parameters& list, const State& state, const Kroneck
 
 cudaError_t kronecker_accumulate(const Parameters& list, const State& state,
                                  const Kronecker& kronecker, const Scaling& scaling,
-                                 const Averages& averages, const Queue& queue) {
+                                 const Averages* by_kind, const Queue& queue) {
   return with_types(state.type, state.type, [&](auto types) {
     using T = typename decltype(types)::T;
     Plan<T> plan;
     ADAQN_CUDA_TRY(plan.make(list, kronecker, queue.workspace));
-    ADAQN_CUDA_TRY(enqueue_factors(list, state, kronecker, scaling, averages, false, plan, queue));
+    ADAQN_CUDA_TRY(enqueue_factors(list, state, kronecker, scaling, by_kind, false, plan, queue));
     return for_each_tile_launch(
         list, kronecker, plan,
         [&](const auto& table, const MatrixRange& range, const Shape& shape) {
           return launch(accumulate_kernel<T, kCapacity<decltype(table)>>, shape, queue.stream,
-                        table, state, kronecker, scaling, averages, range.first == 0,
+                        table, state, kronecker, scaling, by_kind[range.kind], range.first == 0,
                         plan.workspace);
         });
   });
 }
 
-cudaError_t kronecker_apply(const State& state, const Kronecker& kronecker,
-                            const Averages& averages, int pending, bool inverse,
-                            const Queue& queue) {
+cudaError_t kronecker_apply(const State& state, const Kronecker& kronecker, const Averages* by_kind,
+                            int pending, bool inverse, const Queue& queue) {
   return with_types(state.type, state.type, [&](auto types) {
     using T = typename decltype(types)::T;
     Plan<T> plan;
     ADAQN_CUDA_TRY(plan.make({}, kronecker, queue.workspace));
     return for_each_tile_launch(
-        {}, kronecker, plan, [&](const auto& table, const MatrixRange&, const Shape& shape) {
+        {}, kronecker, plan, [&](const auto& table, const MatrixRange& range, const Shape& shape) {
           return launch(apply_kernel<T, kCapacity<decltype(table)>>, shape, queue.stream, table,
-                        state, kronecker, averages, pending, inverse, plan.workspace);
+                        state, kronecker, by_kind[range.kind], pending, inverse, plan.workspace);
         });
   });
 }
 
 cudaError_t kronecker_step(const Parameters& list, const State& state, const Kronecker& kronecker,
-                           const Scaling& scaling, const Averages& averages, const Rates& rates,
+                           const Scaling& scaling, const Averages* by_kind, const Rates& rates,
                            const Queue& queue) {
   return with_types(state.type, state.type, [&](auto types) {
     using T = typename decltype(types)::T;
     Plan<T> plan;
     ADAQN_CUDA_TRY(plan.make(list, kronecker, queue.workspace));
     ADAQN_CUDA_TRY(enqueue_flags<T>(list, state, kronecker, scaling, queue, &plan.workspace));
-    ADAQN_CUDA_TRY(enqueue_factors(list, state, kronecker, scaling, averages, true, plan, queue));
+    ADAQN_CUDA_TRY(enqueue_factors(list, state, kronecker, scaling, by_kind, true, plan, queue));
     return for_each_tile_launch(
         list, kronecker, plan,
         [&](const auto& table, const MatrixRange& range, const Shape& shape) {
@@ -430,8 +430,8 @@ cudaError_t kronecker_step(const Parameters& list, const State& state, const Kro
           const TableRates table_rates =
               empty ? TableRates{} : rates_of(rates, range.tensors, list);
           return launch(tiles_kernel<T, kCapacity<decltype(table)>>, shape, queue.stream, table,
-                        state, kronecker, scaling, averages, table_rates, range.first == 0,
-                        plan.workspace);
+                        state, kronecker, scaling, by_kind[range.kind], table_rates,
+                        range.first == 0, plan.workspace);
         });
   });
 }

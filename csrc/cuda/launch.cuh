@@ -190,6 +190,7 @@ struct TableRange {
   int64_t tensor = 0, next_tensor = 0;
   int64_t flat = 0, next_flat = 0;
   int32_t first_group = 0;
+  int32_t kind = 0;  // of all their averages
 };
 
 /// The range after `last`; empty tensors take no place in a table.
@@ -198,8 +199,9 @@ inline TableRange next_range(const Parameters& list, const TableRange& last) {
   for (int64_t held = 0; range.next_tensor < list.count; ++range.next_tensor) {
     const Tensor& t = list.tensors[range.next_tensor];
     if (t.numel == 0) continue;
-    if (range.first_group < 0) range.first_group = t.group;
-    if (held == kLargeTable || t.group - range.first_group >= kTableGroups) break;
+    if (range.first_group < 0) range.first_group = t.group, range.kind = t.kind;
+    const bool fits = held < kLargeTable && t.group - range.first_group < kTableGroups;
+    if (!fits || t.kind != range.kind) break;
     range.next_flat += t.numel;
     ++held;
   }

@@ -156,11 +156,16 @@ struct MatrixRange {
   int64_t first = 0, next = 0;
   int64_t factor = 0, next_factor = 0;
   int64_t order = 0, next_order = 0;
+  int32_t kind = 0;    // of all their averages
   TableRange tensors;  // the parameters that they are of, for their rates
 };
 
 inline KroneckerMatrix matrix_of(const Kronecker& kronecker, int64_t m) {
   return KroneckerMatrix(kronecker.table + m * entry::count);
+}
+
+inline int32_t kind_of(const Kronecker& kronecker, int64_t m) {
+  return kronecker.kinds ? kronecker.kinds[m] : 0;
 }
 
 /// Sides of all factors of a matrix: the length of their orders.
@@ -172,10 +177,12 @@ inline int64_t orders_of(const KroneckerMatrix& matrix) {
 /// The range after `last`.
 inline MatrixRange next_range(const Parameters& list, const Kronecker& kronecker,
                               const MatrixRange& last) {
-  MatrixRange range{last.next,       last.next,       last.next_factor, last.next_factor,
-                    last.next_order, last.next_order, last.tensors};
+  MatrixRange range{last.next,       last.next, last.next_factor, last.next_factor, last.next_order,
+                    last.next_order, 0,         last.tensors};
   range.tensors.first_group = -1;
+  if (range.next < kronecker.matrices) range.kind = kind_of(kronecker, range.next);
   for (; range.next < kronecker.matrices; ++range.next) {
+    if (kind_of(kronecker, range.next) != range.kind) break;
     const KroneckerMatrix matrix = matrix_of(kronecker, range.next);
     if (range.next - range.first == kLargeMatrices) break;
     if (list.count > 0) {

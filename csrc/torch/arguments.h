@@ -156,4 +156,55 @@ inline int64_t check_ring_shape(const Tensor& tensor, const Name& name, const Pl
   return stride;
 }
 
+// ---------------------------------------------------------------- per group
+
+/// How the gradients of a group are averaged; adaqn_cuda/reference/averages.py says what the
+/// numbers are.
+struct GroupAverages {
+  double beta, keep, add, eps;
+
+  bool operator==(const GroupAverages& other) const {
+    return beta == other.beta && keep == other.keep && add == other.add && eps == other.eps;
+  }
+};
+
+/// Numbers by group, of which an operation may lack some.
+struct AveragesArguments {
+  const std::vector<int64_t>& group_sizes;
+  const std::vector<double>* betas;
+  const std::vector<double>* keeps;
+  const std::vector<double>* adds;
+  const std::vector<double>* epsilons;
+
+  /// Those of every parameter.
+  std::vector<GroupAverages> of_each() const {
+    std::vector<GroupAverages> each;
+    for (size_t group = 0; group < group_sizes.size(); ++group) {
+      const int64_t size = group_sizes[group];
+      if (size < 0) fail({"group_sizes"}, "expected sizes of at least 0, got ", size);
+      each.insert(each.end(), static_cast<size_t>(size),
+                  {number(betas, {"betas"}, group), number(keeps, {"keeps"}, group),
+                   number(adds, {"adds"}, group), number(epsilons, {"epsilons"}, group)});
+    }
+    return each;
+  }
+
+ private:
+  double number(const std::vector<double>* numbers, const Name& name, size_t group) const {
+    if (numbers == nullptr) return 0;
+    if (numbers->size() != group_sizes.size()) {
+      fail(name, "expected ", group_sizes.size(), " numbers, got ", numbers->size());
+    }
+    return (*numbers)[group];
+  }
+};
+
+/// The same for `count` parameters.
+inline std::vector<GroupAverages> averages_of_each(const AveragesArguments& arguments,
+                                                   size_t count) {
+  auto each = arguments.of_each();
+  if (each.size() != count) fail({"group_sizes"}, "expected sizes that sum to ", count);
+  return each;
+}
+
 }  // namespace adaqn

@@ -51,15 +51,42 @@ Matrix pairs_of(const Tensor& tensor, const Name& name, const Place& place, int6
   return ring;
 }
 
-cpu::Averages averages_of(double beta, double keep, double add, double eps, bool correct_bias,
+/// Elements up to `end` follow those of the runs so far.
+void append_run(std::vector<cpu::Averaging>& runs, const GroupAverages& own, int64_t end) {
+  const bool same = !runs.empty() && own == GroupAverages{runs.back().beta, runs.back().keep,
+                                                          runs.back().add, runs.back().eps};
+  if (same) {
+    runs.back().end = end;
+  } else {
+    runs.push_back({end, own.beta, own.keep, own.add, own.eps});
+  }
+}
+
+std::vector<cpu::Averaging> runs_of(const Tensors& params, const AveragesArguments& arguments) {
+  const auto each = averages_of_each(arguments, params.size());
+  std::vector<cpu::Averaging> runs;
+  int64_t end = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (params[i].numel() > 0) append_run(runs, each[i], end += params[i].numel());
+  }
+  return runs;
+}
+
+std::vector<cpu::Averaging> runs_of(const Table& table, const AveragesArguments& arguments) {
+  const auto each = table.averages_of_each(arguments);
+  std::vector<cpu::Averaging> runs;
+  for (size_t row = 0; row < each.size(); ++row) {
+    const KroneckerMatrix& matrix = table.matrices()[row];
+    append_run(runs, each[row], matrix.start + matrix.numel());
+  }
+  return runs;
+}
+
+cpu::Averages averages_of(std::vector<cpu::Averaging> runs, bool correct_bias,
                           const OptionalTensor& momentum, const OptionalTensor& accumulator,
                           const Place& place, int64_t size, Dtype dtype) {
-  return {beta,
+  return {std::move(runs), correct_bias,
           optional_vector_of(momentum, {"momentum"}, place, size, dtype),
-          keep,
-          add,
-          eps,
-          correct_bias,
           optional_vector_of(accumulator, {"accumulator"}, place, size, dtype)};
 }
 
@@ -148,8 +175,8 @@ void direction_step(const Tensors& params, const OptionalTensors& grads, const T
       gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
   const auto rates =
       rates_of(params, group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
-  const auto averages = averages_of(beta, keep, add, eps, correct_bias, momentum, accumulator,
-                                    place, vector.size(), dtype);
+  const auto averages = averages_of({{vector.size(), beta, keep, add, eps}}, correct_bias, momentum,
+                                    accumulator, place, vector.size(), dtype);
   const auto second = pass2_of(gradient, dtype, y_ring, gram, counters, projections, averages,
                                false, fisher, direction, images, place);
   const auto first =
@@ -177,16 +204,18 @@ void direction_pass1(const Tensors& params, const OptionalTensors& grads, const 
 void direction_pass2(const Tensors& params, const OptionalTensors& grads, const Tensor& y_ring,
                      const Tensor& gram, const Tensor& counters, const Tensor& projections,
                      const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
-                     double beta, double keep, double add, double eps, bool correct_bias,
-                     bool identity, const OptionalTensor& momentum,
-                     const OptionalTensor& accumulator, const Tensor& fisher,
-                     const Tensor& direction, const Tensor& images) {
+                     const std::vector<double>& betas, const std::vector<double>& keeps,
+                     const std::vector<double>& adds, const std::vector<double>& epsilons,
+                     bool correct_bias, const std::vector<int64_t>& group_sizes, bool identity,
+                     const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                     const Tensor& fisher, const Tensor& direction, const Tensor& images) {
   const Place place(y_ring);
   const Dtype dtype = vector_dtype(direction, {"direction"});
   const cpu::Gradient gradient =
       gradient_of(params, grads, grad_scale, maximize, max_grad_norm, place);
-  const auto averages = averages_of(beta, keep, add, eps, correct_bias, momentum, accumulator,
-                                    place, gradient.tensors.size(), dtype);
+  const auto averages =
+      averages_of(runs_of(params, {group_sizes, &betas, &keeps, &adds, &epsilons}), correct_bias,
+                  momentum, accumulator, place, gradient.tensors.size(), dtype);
   cpu::direction_pass2(parallel_for,
                        pass2_of(gradient, dtype, y_ring, gram, counters, projections, averages,
                                 identity, fisher, direction, images, place));
@@ -226,12 +255,14 @@ void direction_pass3(const Tensors& params, const OptionalTensors& grads, const 
 
 void diagonal_step(const Tensors& params, const OptionalTensors& grads,
                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool maximize,
-                   double max_grad_norm, double beta, double keep, double add, double eps,
-                   bool correct_bias, const std::vector<int64_t>& group_sizes,
-                   const std::vector<double>& lr, const std::vector<double>& weight_decay,
-                   const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
-                   const OptionalTensor& momentum, const OptionalTensor& accumulator,
-                   const Tensor& projections, const Tensor& counters) {
+                   double max_grad_norm, const std::vector<double>& betas,
+                   const std::vector<double>& keeps, const std::vector<double>& adds,
+                   const std::vector<double>& epsilons, bool correct_bias,
+                   const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                   const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                   const OptionalTensor& weight_decay_tensor, const OptionalTensor& momentum,
+                   const OptionalTensor& accumulator, const Tensor& projections,
+                   const Tensor& counters) {
   const Place place(counters);
   const Dtype dtype = state_dtype(params);
   const Scattered vector = params_of(params, place);
@@ -243,8 +274,8 @@ void diagonal_step(const Tensors& params, const OptionalTensors& grads,
   check_gradient_words(words, 1);
   cpu::diagonal_step(
       parallel_for, {vector, gradient, dtype, number_or(found_inf, {"found_inf"}, place, 0),
-                     averages_of(beta, keep, add, eps, correct_bias, momentum, accumulator, place,
-                                 vector.size(), dtype),
+                     averages_of(runs_of(params, {group_sizes, &betas, &keeps, &adds, &epsilons}),
+                                 correct_bias, momentum, accumulator, place, vector.size(), dtype),
                      rates, doubles_of(projections, {"projections"}, place, {flag::count}), words});
 }
 
@@ -259,8 +290,10 @@ int64_t worker_count() {
 void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
                           const Tensor& projections, const Tensor& counters,
                           const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
-                          double keep, int64_t call, int64_t interval, const Tensor& accumulator,
-                          const Tensor& factors, const Tensor& bases, const Tensor& square) {
+                          const std::vector<int64_t>& group_sizes, const std::vector<double>& keeps,
+                          const std::vector<double>& adds, double square_keep, int64_t call,
+                          int64_t interval, const Tensor& accumulator, const Tensor& factors,
+                          const Tensor& bases, const Tensor& square) {
   const Place place(accumulator);
   const Dtype dtype = vector_dtype(accumulator, {"accumulator"});
   const cpu::Gradient gradient =
@@ -273,16 +306,18 @@ void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, c
   cpu::kronecker_accumulate(
       parallel_for,
       {gradient, dtype, matrices.matrices(), schedule_of(call, interval),
-       averages_of(0, keep, 1 - keep, 0, false, {}, accumulator, place, size, dtype),
-       flags_of(projections, place, slots), counters_of(counters, place),
+       averages_of(runs_of(params, {group_sizes, nullptr, &keeps, &adds, nullptr}), false, {},
+                   accumulator, place, size, dtype),
+       square_keep, flags_of(projections, place, slots), counters_of(counters, place),
        vector_of(factors, {"factors"}, place, matrices.squares(factors.numel()), dtype),
        vector_of(bases, {"bases"}, place, matrices.squares(bases.numel()), dtype),
        doubles_of(square, {"square"}, place, {1}), worker_count()});
 }
 
 void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& accumulator,
-                     const Tensor& bases, double keep, double eps, bool correct_bias,
-                     int64_t pending, bool inverse, const Tensor& x) {
+                     const Tensor& bases, const std::vector<int64_t>& group_sizes,
+                     const std::vector<double>& keeps, const std::vector<double>& epsilons,
+                     bool correct_bias, int64_t pending, bool inverse, const Tensor& x) {
   const Place place(x);
   const Dtype dtype = vector_dtype(x, {"x"});
   const int64_t size = x.numel();
@@ -291,7 +326,8 @@ void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& 
   cpu::kronecker_apply(
       parallel_for,
       {dtype, matrices.matrices(), counters_of(counters, place),
-       averages_of(0, keep, 1 - keep, eps, correct_bias, {}, accumulator, place, size, dtype),
+       averages_of(runs_of(matrices, {group_sizes, nullptr, &keeps, nullptr, &epsilons}),
+                   correct_bias, {}, accumulator, place, size, dtype),
        static_cast<int>(pending), inverse,
        vector_of(bases, {"bases"}, place, matrices.squares(bases.numel()), dtype),
        vector_of(x, {"x"}, place, size, dtype), worker_count()});
@@ -299,13 +335,15 @@ void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& 
 
 void kronecker_step(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                    bool maximize, double max_grad_norm, double beta, double keep, double eps,
-                    bool correct_bias, int64_t call, int64_t interval,
-                    const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
-                    const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
-                    const OptionalTensor& weight_decay_tensor, const OptionalTensor& momentum,
-                    const Tensor& accumulator, const Tensor& factors, const Tensor& bases,
-                    const Tensor& square, const Tensor& projections, const Tensor& counters) {
+                    bool maximize, double max_grad_norm, const std::vector<double>& betas,
+                    const std::vector<double>& keeps, const std::vector<double>& adds,
+                    const std::vector<double>& epsilons, bool correct_bias, double square_keep,
+                    int64_t call, int64_t interval, const std::vector<int64_t>& group_sizes,
+                    const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                    const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                    const OptionalTensor& momentum, const Tensor& accumulator,
+                    const Tensor& factors, const Tensor& bases, const Tensor& square,
+                    const Tensor& projections, const Tensor& counters) {
   const Place place(accumulator);
   const Dtype dtype = vector_dtype(accumulator, {"accumulator"});
   const Scattered vector = params_of(params, place);
@@ -320,9 +358,10 @@ void kronecker_step(const Tensors& params, const OptionalTensors& grads, const T
       parallel_for,
       {vector, gradient, dtype, number_or(found_inf, {"found_inf"}, place, 0), matrices.matrices(),
        schedule_of(call, interval),
-       averages_of(beta, keep, 1 - keep, eps, correct_bias, momentum, accumulator, place,
-                   vector.size(), dtype),
-       rates, vector_of(factors, {"factors"}, place, matrices.squares(factors.numel()), dtype),
+       averages_of(runs_of(params, {group_sizes, &betas, &keeps, &adds, &epsilons}), correct_bias,
+                   momentum, accumulator, place, vector.size(), dtype),
+       square_keep, rates,
+       vector_of(factors, {"factors"}, place, matrices.squares(factors.numel()), dtype),
        vector_of(bases, {"bases"}, place, matrices.squares(bases.numel()), dtype),
        doubles_of(square, {"square"}, place, {1}),
        doubles_of(projections, {"projections"}, place, {flag::count}), words, worker_count()});

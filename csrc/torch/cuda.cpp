@@ -84,13 +84,18 @@ void direction_pass1(const Tensors& params, const OptionalTensors& grads, const 
 void direction_pass2(const Tensors& params, const OptionalTensors& grads, const Tensor& y_ring,
                      const Tensor& gram, const Tensor& counters, const Tensor& projections,
                      const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
-                     double beta, double keep, double add, double eps, bool correct_bias,
-                     bool identity, const OptionalTensor& momentum,
-                     const OptionalTensor& accumulator, const Tensor& fisher,
-                     const Tensor& direction, const Tensor& images) {
+                     const std::vector<double>& betas, const std::vector<double>& keeps,
+                     const std::vector<double>& adds, const std::vector<double>& epsilons,
+                     bool correct_bias, const std::vector<int64_t>& group_sizes, bool identity,
+                     const OptionalTensor& momentum, const OptionalTensor& accumulator,
+                     const Tensor& fisher, const Tensor& direction, const Tensor& images) {
   const OnDevice device(y_ring);
   const Place place(y_ring);
-  const List list(device, place, params, &grads, nullptr, Use::sizes);
+  const AverageKinds kinds(
+      averages_of_each({group_sizes, &betas, &keeps, &adds, &epsilons}, params.size()),
+      correct_bias);
+  List list(device, place, params, &grads, nullptr, Use::sizes);
+  list.set_kinds(kinds);
   list.check_size(direction.numel());
   StateBuilder builder = state_like(direction, {"direction"}, place);
   builder.y_ring(y_ring).gram(gram).fisher(fisher).counters(counters).projections(projections);
@@ -99,8 +104,8 @@ void direction_pass2(const Tensors& params, const OptionalTensors& grads, const 
   const State state = *builder;
   const auto scaling = scaling_of(grad_scale, std::nullopt, maximize, max_grad_norm, place);
   device.run("direction_pass2", list.parameters(), state, counters, [&](const Queue& queue) {
-    return cuda::direction_pass2(list.parameters(), state, scaling,
-                                 {beta, keep, add, eps, correct_bias}, identity, queue);
+    return cuda::direction_pass2(list.parameters(), state, scaling, kinds.by_kind(), identity,
+                                 queue);
   });
 }
 
@@ -143,23 +148,28 @@ void direction_pass3(const Tensors& params, const OptionalTensors& grads, const 
 
 void diagonal_step(const Tensors& params, const OptionalTensors& grads,
                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool maximize,
-                   double max_grad_norm, double beta, double keep, double add, double eps,
-                   bool correct_bias, const std::vector<int64_t>& group_sizes,
-                   const std::vector<double>& lr, const std::vector<double>& weight_decay,
-                   const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
-                   const OptionalTensor& momentum, const OptionalTensor& accumulator,
-                   const Tensor& projections, const Tensor& counters) {
+                   double max_grad_norm, const std::vector<double>& betas,
+                   const std::vector<double>& keeps, const std::vector<double>& adds,
+                   const std::vector<double>& epsilons, bool correct_bias,
+                   const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
+                   const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
+                   const OptionalTensor& weight_decay_tensor, const OptionalTensor& momentum,
+                   const OptionalTensor& accumulator, const Tensor& projections,
+                   const Tensor& counters) {
   const OnDevice device(counters);
   const Place place(counters);
   List list(device, place, params, &grads, &group_sizes, Use::elements);
+  const AverageKinds kinds(
+      averages_of_each({group_sizes, &betas, &keeps, &adds, &epsilons}, params.size()),
+      correct_bias);
+  list.set_kinds(kinds);
   StateBuilder builder(place, list.state_type(), list.numel());
   builder.projections(projections).counters(counters).accumulator(accumulator).momentum(momentum);
   const State state = *builder;
   const auto scaling = scaling_of(grad_scale, found_inf, maximize, max_grad_norm, place);
   const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
   device.run("diagonal_step", list.parameters(), state, counters, [&](const Queue& queue) {
-    return cuda::diagonal_step(list.parameters(), state, scaling,
-                               {beta, keep, add, eps, correct_bias}, rates, queue);
+    return cuda::diagonal_step(list.parameters(), state, scaling, kinds.by_kind(), rates, queue);
   });
   list.write_back();
 }
@@ -185,8 +195,9 @@ void check_sizes(const Table& table) {
 }
 
 /// Checked pointers of the matrix; `factors` and `square` where an operation has them.
-cuda::Kronecker kronecker_of(const Table& table, const StateBuilder& builder, const Tensor* factors,
-                             const Tensor& bases, const Tensor* square,
+cuda::Kronecker kronecker_of(const Table& table, const AverageKinds& kinds,
+                             const StateBuilder& builder, const Tensor* factors,
+                             const Tensor& bases, const Tensor* square, double square_keep,
                              const KroneckerSchedule& schedule) {
   check_sizes(table);
   cuda::Kronecker kronecker{};
@@ -197,6 +208,8 @@ cuda::Kronecker kronecker_of(const Table& table, const StateBuilder& builder, co
     kronecker.factors = builder.vector(*factors, {"factors"}, table.squares(factors->numel()));
   }
   if (square) kronecker.square = builder.doubles(*square, {"square"}, {1});
+  kronecker.square_keep = square_keep;
+  kronecker.kinds = kinds.of_each().data();
   kronecker.call = schedule.call;
   kronecker.interval = schedule.interval;
   return kronecker;
@@ -205,31 +218,36 @@ cuda::Kronecker kronecker_of(const Table& table, const StateBuilder& builder, co
 void kronecker_accumulate(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
                           const Tensor& projections, const Tensor& counters,
                           const OptionalTensor& grad_scale, bool maximize, double max_grad_norm,
-                          double keep, int64_t call, int64_t interval, const Tensor& accumulator,
-                          const Tensor& factors, const Tensor& bases, const Tensor& square) {
+                          const std::vector<int64_t>& group_sizes, const std::vector<double>& keeps,
+                          const std::vector<double>& adds, double square_keep, int64_t call,
+                          int64_t interval, const Tensor& accumulator, const Tensor& factors,
+                          const Tensor& bases, const Tensor& square) {
   const OnDevice device(accumulator);
   const Place place(accumulator);
   const List list(device, place, params, &grads, nullptr, Use::sizes);
   list.check_size(accumulator.numel());
   const Table matrices(table, list.numel());
   matrices.check_params(params);
+  const AverageKinds kinds(
+      matrices.averages_of_each({group_sizes, nullptr, &keeps, &adds, nullptr}), false);
   StateBuilder builder = state_like(accumulator, {"accumulator"}, place);
   builder.any_history().slots(projections.numel() - flag::count).projections(projections);
   builder.counters(counters).accumulator(accumulator);
   const State state = *builder;
-  const auto kronecker =
-      kronecker_of(matrices, builder, &factors, bases, &square, schedule_of(call, interval));
+  const auto kronecker = kronecker_of(matrices, kinds, builder, &factors, bases, &square,
+                                      square_keep, schedule_of(call, interval));
   const auto scaling = scaling_of(grad_scale, std::nullopt, maximize, max_grad_norm, place);
   device.run("kronecker_accumulate", workspace_bytes(list.parameters(), state, kronecker), counters,
              [&](const Queue& queue) {
                return cuda::kronecker_accumulate(list.parameters(), state, kronecker, scaling,
-                                                 {0, keep, 1 - keep, 0, false}, queue);
+                                                 kinds.by_kind(), queue);
              });
 }
 
 void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& accumulator,
-                     const Tensor& bases, double keep, double eps, bool correct_bias,
-                     int64_t pending, bool inverse, const Tensor& x) {
+                     const Tensor& bases, const std::vector<int64_t>& group_sizes,
+                     const std::vector<double>& keeps, const std::vector<double>& epsilons,
+                     bool correct_bias, int64_t pending, bool inverse, const Tensor& x) {
   const OnDevice device(x);
   const Place place(x);
   const Table matrices(table, x.numel());
@@ -237,40 +255,46 @@ void kronecker_apply(const Tensor& table, const Tensor& counters, const Tensor& 
   StateBuilder builder = state_like(x, {"x"}, place);
   builder.counters(counters).accumulator(accumulator).direction(x, {"x"});
   const State state = *builder;
-  const auto kronecker = kronecker_of(matrices, builder, nullptr, bases, nullptr, {1, 1});
-  device.run(
-      "kronecker_apply", workspace_bytes({}, state, kronecker), counters, [&](const Queue& queue) {
-        return cuda::kronecker_apply(state, kronecker, {0, keep, 1 - keep, eps, correct_bias},
-                                     static_cast<int>(pending), inverse, queue);
-      });
+  const AverageKinds kinds(
+      matrices.averages_of_each({group_sizes, nullptr, &keeps, nullptr, &epsilons}), correct_bias);
+  const auto kronecker = kronecker_of(matrices, kinds, builder, nullptr, bases, nullptr, 0, {1, 1});
+  device.run("kronecker_apply", workspace_bytes({}, state, kronecker), counters,
+             [&](const Queue& queue) {
+               return cuda::kronecker_apply(state, kronecker, kinds.by_kind(),
+                                            static_cast<int>(pending), inverse, queue);
+             });
 }
 
 void kronecker_step(const Tensors& params, const OptionalTensors& grads, const Tensor& table,
                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                    bool maximize, double max_grad_norm, double beta, double keep, double eps,
-                    bool correct_bias, int64_t call, int64_t interval,
-                    const std::vector<int64_t>& group_sizes, const std::vector<double>& lr,
-                    const std::vector<double>& weight_decay, const OptionalTensor& lr_tensor,
-                    const OptionalTensor& weight_decay_tensor, const OptionalTensor& momentum,
-                    const Tensor& accumulator, const Tensor& factors, const Tensor& bases,
-                    const Tensor& square, const Tensor& projections, const Tensor& counters) {
+                    bool maximize, double max_grad_norm, const std::vector<double>& betas,
+                    const std::vector<double>& keeps, const std::vector<double>& adds,
+                    const std::vector<double>& epsilons, bool correct_bias, double square_keep,
+                    int64_t call, int64_t interval, const std::vector<int64_t>& group_sizes,
+                    const std::vector<double>& lr, const std::vector<double>& weight_decay,
+                    const OptionalTensor& lr_tensor, const OptionalTensor& weight_decay_tensor,
+                    const OptionalTensor& momentum, const Tensor& accumulator,
+                    const Tensor& factors, const Tensor& bases, const Tensor& square,
+                    const Tensor& projections, const Tensor& counters) {
   const OnDevice device(accumulator);
   const Place place(accumulator);
   List list(device, place, params, &grads, &group_sizes, Use::elements);
   list.check_size(accumulator.numel());
   const Table matrices(table, list.numel());
   matrices.check_params(params);
+  const AverageKinds kinds(
+      matrices.averages_of_each({group_sizes, &betas, &keeps, &adds, &epsilons}), correct_bias);
   StateBuilder builder = state_like(accumulator, {"accumulator"}, place);
   builder.projections(projections).counters(counters).accumulator(accumulator).momentum(momentum);
   const State state = *builder;
-  const auto kronecker =
-      kronecker_of(matrices, builder, &factors, bases, &square, schedule_of(call, interval));
+  const auto kronecker = kronecker_of(matrices, kinds, builder, &factors, bases, &square,
+                                      square_keep, schedule_of(call, interval));
   const auto scaling = scaling_of(grad_scale, found_inf, maximize, max_grad_norm, place);
   const auto rates = rates_of(group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor, place);
   device.run("kronecker_step", workspace_bytes(list.parameters(), state, kronecker), counters,
              [&](const Queue& queue) {
                return cuda::kronecker_step(list.parameters(), state, kronecker, scaling,
-                                           {beta, keep, 1 - keep, eps, correct_bias}, rates, queue);
+                                           kinds.by_kind(), rates, queue);
              });
   list.write_back();
 }

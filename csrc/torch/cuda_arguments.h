@@ -300,6 +300,29 @@ class Copies {
   Tensors dense_;
 };
 
+/// Averages by kind, and the kind of each parameter, or matrix: neighbours that are alike are of
+/// one.
+class AverageKinds {
+ public:
+  AverageKinds(const std::vector<GroupAverages>& each, bool correct_bias) {
+    for (size_t i = 0; i < each.size(); ++i) {
+      const GroupAverages& own = each[i];
+      if (i == 0 || !(own == each[i - 1])) {
+        by_kind_.push_back({own.beta, own.keep, own.add, own.eps, correct_bias});
+      }
+      of_each_.push_back(static_cast<int32_t>(by_kind_.size()) - 1);
+    }
+    if (each.empty()) by_kind_.push_back({});  // an empty table is launched, too
+  }
+
+  const cuda::Averages* by_kind() const { return by_kind_.data(); }
+  const std::vector<int32_t>& of_each() const { return of_each_; }
+
+ private:
+  std::vector<cuda::Averages> by_kind_;
+  std::vector<int32_t> of_each_;
+};
+
 /// What an operation takes of the parameters.
 enum class Use { elements, sizes };
 
@@ -319,7 +342,7 @@ class List {
       const Type type = type_of(params[i], name);
       const bool copied = use == Use::elements && !params[i].is_contiguous();
       void* param = copied ? params_.of(params[i], type) : params[i].mutable_data_ptr();
-      rows_.push_back({param, nullptr, params[i].numel(), 0, type, type});
+      rows_.push_back({param, nullptr, params[i].numel(), 0, 0, type, type});
       numel_ += params[i].numel();
       if (grads && (*grads)[i]) set_grad(i, *(*grads)[i], place);
     }
@@ -332,6 +355,10 @@ class List {
     if (numel_ != numel) {
       fail({"params"}, "expected ", numel, " elements in all, got ", numel_);
     }
+  }
+
+  void set_kinds(const AverageKinds& kinds) {
+    for (size_t i = 0; i < rows_.size(); ++i) rows_[i].kind = kinds.of_each()[i];
   }
 
   /// Copies what kernels wrote into parameters that are not contiguous.

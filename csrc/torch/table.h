@@ -33,6 +33,17 @@ class Table {
   /// Elements of all factors, and of their bases; `given`, if that is more, as some may be spare.
   int64_t squares(int64_t given) const { return std::max(squares_, given); }
 
+  /// The averages of every matrix.
+  std::vector<GroupAverages> averages_of_each(const AveragesArguments& arguments) const {
+    const auto of_params = arguments.of_each();
+    std::vector<GroupAverages> each;
+    for (int64_t row = 0; row < rows_; ++row) {
+      check(row, entry::param, matrix(row).param, 0, static_cast<int64_t>(of_params.size()) - 1);
+      each.push_back(of_params[static_cast<size_t>(matrix(row).param)]);
+    }
+    return each;
+  }
+
   /// Every matrix lies within its parameter.
   void check_params(const Tensors& params) const {
     int64_t row = 0, start = 0;

@@ -18,21 +18,21 @@ using namespace adaqn::cuda;
 
 namespace {
 
-using Row = std::tuple<uintptr_t, uintptr_t, int64_t, int32_t, int, int>;
+using Row = std::tuple<uintptr_t, uintptr_t, int64_t, int32_t, int32_t, int, int>;
 
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-/// Tensors of a call as (param, grad, numel, group, param type, grad type).
+/// Tensors of a call as (param, grad, numel, group, kind, param type, grad type).
 struct List {
   std::vector<Tensor> tensors;
 
   explicit List(const std::vector<Row>& rows) {
-    for (const auto& [param, grad, numel, group, param_type, grad_type] : rows) {
-      tensors.push_back({pointer<void>(param), pointer<void>(grad), numel, group, Type(param_type),
-                         Type(grad_type)});
+    for (const auto& [param, grad, numel, group, kind, param_type, grad_type] : rows) {
+      tensors.push_back({pointer<void>(param), pointer<void>(grad), numel, group, kind,
+                         Type(param_type), Type(grad_type)});
     }
   }
   operator Parameters() const { return {tensors.data(), int64_t(tensors.size())}; }
@@ -112,8 +112,9 @@ using Rows = std::vector<Row>;
 using Values = std::vector<double>;
 using ScalingRow = std::tuple<uintptr_t, uintptr_t, bool, double>;
 using AveragesRow = std::tuple<double, double, double, double, bool>;
-using KroneckerRow =
-    std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+using AveragesRows = std::vector<AveragesRow>;
+using KroneckerRow = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, double,
+                                int64_t, int64_t, std::vector<int32_t>>;
 using StridedRow =
     std::tuple<uintptr_t, uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>;
 using RatesRow = std::tuple<Values, Values, uintptr_t, uintptr_t>;
@@ -128,20 +129,28 @@ Averages averages_of(const AveragesRow& row) {
   return {beta, keep, add, eps, correct_bias};
 }
 
+std::vector<Averages> averages_of(const AveragesRows& rows) {
+  std::vector<Averages> by_kind;
+  for (const AveragesRow& row : rows) by_kind.push_back(averages_of(row));
+  return by_kind;
+}
+
 Rates rates_of(const RatesRow& row) {
   const auto& [lr, decay, lr_tensor, decay_tensor] = row;
   return {lr.data(), decay.data(), pointer<double>(lr_tensor), pointer<double>(decay_tensor)};
 }
 
 Kronecker kronecker_of(const KroneckerRow& row) {
-  const auto& [table, matrices, factors, bases, square, call, interval] = row;
+  const auto& [table, matrices, factors, bases, square, square_keep, call, interval, kinds] = row;
   return {pointer<int64_t>(table),
           matrices,
           pointer<void>(factors),
           pointer<void>(bases),
           pointer<double>(square),
+          square_keep,
           call,
-          interval};
+          interval,
+          kinds.data()};
 }
 
 /// Runs operation(list, state, queue).
@@ -225,9 +234,10 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
           });
         });
   m.def("direction_pass2", [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
-                              const AveragesRow& averages, bool identity) {
+                              const AveragesRows& averages, bool identity) {
     run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return direction_pass2(list, s, scaling_of(scaling), averages_of(averages), identity, queue);
+      return direction_pass2(list, s, scaling_of(scaling), averages_of(averages).data(), identity,
+                             queue);
     });
   });
   m.def("direction_images", [](const py::dict& state) {
@@ -242,34 +252,34 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
     });
   });
   m.def("diagonal_step", [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
-                            const AveragesRow& averages, const RatesRow& rates) {
+                            const AveragesRows& averages, const RatesRow& rates) {
     run(rows, state, [&](const Parameters& list, const State& s, const Queue& queue) {
-      return diagonal_step(list, s, scaling_of(scaling), averages_of(averages), rates_of(rates),
-                           queue);
+      return diagonal_step(list, s, scaling_of(scaling), averages_of(averages).data(),
+                           rates_of(rates), queue);
     });
   });
   m.def("kronecker_accumulate",
         [](const Rows& rows, const py::dict& state, const KroneckerRow& kronecker,
-           const ScalingRow& scaling, const AveragesRow& averages) {
+           const ScalingRow& scaling, const AveragesRows& averages) {
           run(rows, state, kronecker,
               [&](const Parameters& list, const State& s, const Kronecker& k, const Queue& queue) {
-                return kronecker_accumulate(list, s, k, scaling_of(scaling), averages_of(averages),
-                                            queue);
+                return kronecker_accumulate(list, s, k, scaling_of(scaling),
+                                            averages_of(averages).data(), queue);
               });
         });
   m.def("kronecker_apply", [](const py::dict& state, const KroneckerRow& kronecker,
-                              const AveragesRow& averages, int pending, bool inverse) {
+                              const AveragesRows& averages, int pending, bool inverse) {
     run({}, state, kronecker,
         [&](const Parameters&, const State& s, const Kronecker& k, const Queue& queue) {
-          return kronecker_apply(s, k, averages_of(averages), pending, inverse, queue);
+          return kronecker_apply(s, k, averages_of(averages).data(), pending, inverse, queue);
         });
   });
   m.def("kronecker_step",
         [](const Rows& rows, const py::dict& state, const KroneckerRow& kronecker,
-           const ScalingRow& scaling, const AveragesRow& averages, const RatesRow& rates) {
+           const ScalingRow& scaling, const AveragesRows& averages, const RatesRow& rates) {
           run(rows, state, kronecker,
               [&](const Parameters& list, const State& s, const Kronecker& k, const Queue& queue) {
-                return kronecker_step(list, s, k, scaling_of(scaling), averages_of(averages),
+                return kronecker_step(list, s, k, scaling_of(scaling), averages_of(averages).data(),
                                       rates_of(rates), queue);
               });
         });
