@@ -781,10 +781,12 @@ class AdaQN(Optimizer):
         sizes_match = [len(group["params"]) for group in groups] == [
             len(group["params"]) for group in self.param_groups
         ]
-        filed = [entry for key, entry in entries.items() if not isinstance(key, str)]
+        keys = [key for group in groups for key in group["params"]]
+        # Hooks file what they like, under names that no parameter has.
+        own = set(keys)
+        filed = [e for key, e in entries.items() if key in own or not isinstance(key, str)]
         if not any(filed) or not sizes_match:  # torch reports a mismatch
             return None
-        keys = [key for group in groups for key in group["params"]]
         return self._assemble([entries.get(key, {}) for key in keys], groups, complete=True)
 
     def _assemble(
