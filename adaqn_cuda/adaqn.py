@@ -864,9 +864,9 @@ class AdaQN(Optimizer):
             len(group["params"]) for group in self.param_groups
         ]
         keys = [key for group in groups for key in group["params"]]
-        # Parameters go by number, or by name; other names are the user's.
-        named = {key for key in entries if isinstance(key, str)}.difference(keys)
-        filed = [entry for key, entry in entries.items() if key not in named]
+        # Hooks file what they like, under names that no parameter has.
+        own = set(keys)
+        filed = [e for key, e in entries.items() if key in own or not isinstance(key, str)]
         if not any(filed) or not sizes_match:  # torch reports a mismatch
             return None
         return self._assemble([entries.get(key, {}) for key in keys], groups, complete=True)

@@ -214,13 +214,7 @@ class Call:
             The monitored loss and y, both at the averaged iterate, if it is time for them.
         """
         observed = self.due and not is_hookless(self.hooks, self.common)
-        by_passes = (
-            self.kronecker
-            or observed
-            or self.a.gradient_sum is not None
-            or not self.settings.averages_agree()
-        )
-        if self.has_pairs and by_passes:
+        if self.has_pairs and self._needs_passes(observed):
             return self._move_in_passes(hold, moments, observed)
         self.halfway = not self.atomic
         if self.has_pairs:
@@ -230,6 +224,11 @@ class Call:
         else:
             self._move_along_diagonal()
         return None, None
+
+    def _needs_passes(self, observed: bool) -> bool:
+        """Whether something happens between the passes, or they differ from group to group."""
+        between = self.kronecker or observed or self.a.gradient_sum is not None
+        return between or not self.settings.averages_agree()
 
     def _gradient_options(self) -> tuple[bool, float]:
         """maximize, and the largest norm."""

@@ -10,6 +10,9 @@ the average of squared gradients (``False``), damped pairs (``image = None``), a
 direction (``max_direction = inf``), and another initial matrix than a diagonal
 (``identity = False``).
 
+Averages come by group: decays and ``eps`` may differ, and flat vectors are taken in runs of
+elements that have the same (:mod:`.averages`).
+
 The modules, in the order in which they build on one another:
 
 ===================  ==========================================================================

@@ -94,14 +94,14 @@ inline std::vector<Blend<T>> blends_of(const Averages& a, const int64_t* counter
 
 /// Momentum moves on, and q of LookAhead is formed.
 template <class T>
-inline void blend(const Momentum<T>& momentum, const T* g, int64_t n, T* m, T* q) {
+inline void blend(const Momentum<T> momentum, const T* g, int64_t n, T* m, T* q) {
   for (int64_t k = 0; k < n; ++k) q[k] = momentum.look_ahead(g[k], m[k]);
 }
 
 /// The accumulator v moves on, and r becomes D r with the new one. Returns |D q|^2.
 template <class T>
-inline double scale_by_diagonal(const Diagonal<T>& diagonal, const T* g, const T* q, int64_t n,
-                                T* v, T* r) {
+inline double scale_by_diagonal(const Diagonal<T> diagonal, const T* g, const T* q, int64_t n, T* v,
+                                T* r) {
   double square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t k = 0; k < n; ++k) {
