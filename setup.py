@@ -44,7 +44,7 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 #: Machine code for 7.5 to 12.1 but for 11, where 8.0 serves 8.6 to 8.9, and PTX for what follows.
 ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
 EXTRA_FLAGS = shlex.split(os.environ.get("ADAQN_CXXFLAGS", ""))
-#: Where the sources are published.  Once it is set, the metadata has URLs, and the description links.
+#: Where the sources are published.  With it, the metadata has URLs, and the description links.
 REPOSITORY = ""
 
 CXX_FLAGS = [

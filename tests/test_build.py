@@ -92,7 +92,9 @@ def run_setup(
     ours = ("ADAQN_", "TORCH_CUDA", "CUDA_HOME", "CXX", "CC")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environment = {**inherited, "MAX_JOBS": "1", "ADAQN_CUDA": "0", **environment}
-    answer = "; ".join(f"echo {gpu}" for gpu in gpus.split()) or "echo no devices were found; exit 6"
+    answer = (
+        "; ".join(f"echo {gpu}" for gpu in gpus.split()) or "echo no devices were found; exit 6"
+    )
     driver = write_script(tree.parent / "driver" / "nvidia-smi", f"#!/bin/sh\n{answer}\n")
     environment["PATH"] = f"{driver.parent}{os.pathsep}{environment['PATH']}"
     log = tree.parent / "log"

@@ -88,7 +88,9 @@ def outcome(python: str, torch: str, wheel: Path, folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--only", default=".", help="pairs like python3.11-torch2.13.0 that this matches")
+    parser.add_argument(
+        "--only", default=".", help="pairs like python3.11-torch2.13.0 that this matches"
+    )
     parser.add_argument("--environments", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

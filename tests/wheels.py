@@ -2,9 +2,9 @@
 
     pip install ".[release]" && python tests/wheels.py [--cuda] [--output dist]
 
-The wheel serves every Python and torch that the package admits, on any Linux whose glibc is no older
-than its name says.  With ``--cuda`` it has kernels for all GPUs too, which takes nvcc and some
-minutes; such a wheel also serves where there is no CUDA.  ``wheel_matrix.py`` tries it out.
+The wheel serves every Python and torch that the package admits, on any Linux whose glibc is no
+older than its name says.  With ``--cuda`` it has kernels for all GPUs too, which takes nvcc and
+some minutes; such a wheel also serves where there is no CUDA.  ``wheel_matrix.py`` tries it out.
 """
 
 from __future__ import annotations
