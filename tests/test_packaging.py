@@ -8,10 +8,14 @@ import sys
 import tarfile
 from email import message_from_bytes
 from email.message import Message
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import wheel_matrix
 from test_build import run_setup
+
+from adaqn_cuda.native import library_path
 
 ROOT = Path(__file__).parents[1]
 #: What setuptools adds, and what it needs to.
@@ -114,3 +118,34 @@ def test_versions_of_python_that_are_named_are_those_that_are_admitted(released)
     ]
     assert said["Requires-Python"] == f">=3.{min(minors)}"
     assert sys.version_info.minor in minors
+
+
+def check(tool: str, *arguments: str | Path) -> None:
+    """A program that judges what is published; skips where it is not installed."""
+    if find_spec(tool) is None:
+        pytest.skip(f"{tool} is missing; pip install '.[test]'")
+    done = subprocess.run([sys.executable, "-m", tool, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_index_can_show_the_description(released, tree):
+    [path] = (tree / "dist").glob("*.tar.gz")
+    check("twine", "check", "--strict", path)
+
+
+def test_the_library_keeps_to_the_stable_abi():
+    if library_path() is None:
+        pytest.skip("the native library is not built")
+    check("abi3audit", "--strict", library_path())
+
+
+def test_what_is_not_there_is_not_tried(tmp_path):
+    said = wheel_matrix.outcome("3.99", "2.13.0", tmp_path / "none.whl", tmp_path)
+    assert said == "not tried: no such Python here"
+
+
+def test_every_pair_of_versions_has_an_outcome():
+    rows = (ROOT / "docs" / "wheel_matrix.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [(python, torch) for python, torch, _ in cells] == wheel_matrix.PAIRS
+    assert not any("failed" in outcome for *_, outcome in cells)
