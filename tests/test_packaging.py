@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -87,7 +88,8 @@ def test_a_description_without_a_repository_has_no_relative_links(released):
     assert "Project-URL" not in said
 
 
-def test_with_a_repository_all_links_lead_there(tree):
+def test_with_a_repository_all_links_lead_there(tree, tmp_path):
+    tree = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("dist"))
     path = tree / "setup.py"
     text = path.read_text()
     assert text.count('REPOSITORY = ""') == 1
