@@ -142,7 +142,10 @@ def by_kind_and_number(image: str) -> tuple[bool, int]:
 
 
 def images_of(nvcc: str, default: str) -> list[str]:
-    """The requested images that this nvcc can make; PTX of one it cannot is that of the newest."""
+    """The requested images that this nvcc can make; PTX of one it cannot is that of the newest.
+
+    Of a GPU that is newer than nvcc there is only such PTX, and it comes with the usual images.
+    """
     explicit = bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
     requested = requested_images(default)
     known = {*ask_nvcc(nvcc, "--list-gpu-code"), *ask_nvcc(nvcc, "--list-gpu-arch")}
@@ -150,6 +153,9 @@ def images_of(nvcc: str, default: str) -> list[str]:
     unknown = [image for image in requested if image not in images]
     if not unknown:
         return requested
+    if not explicit and default != ARCHITECTURES:
+        del os.environ["TORCH_CUDA_ARCH_LIST"]
+        return images_of(nvcc, ARCHITECTURES)
     asked = "TORCH_CUDA_ARCH_LIST" if explicit else "the default architectures"
     text = f"{nvcc} does not know {' '.join(unknown)} of {asked}"
     if not images or (explicit and REQUIRED):

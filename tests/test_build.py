@@ -184,6 +184,11 @@ def test_an_in_place_build_is_for_the_gpus_of_the_machine(tree, tmp_path):
     assert record(tree).images == ("sm_75",)
 
 
+def test_a_gpu_that_nvcc_does_not_know_has_its_ptx(tree, tmp_path):
+    build(tree, gpus="8.0 12.0", **toolkit(tmp_path / "cuda", "12.4", "sm_75 sm_80 sm_90"))
+    assert record(tree).images == ("sm_75", "sm_80", "sm_90", "compute_90")
+
+
 def test_a_wheel_is_for_all_gpus(tree, tmp_path):
     build(tree, "build_ext", gpus="9.0", **toolkit(tmp_path / "cuda"))
     images = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")

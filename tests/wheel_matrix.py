@@ -34,6 +34,8 @@ PAIRS = [
 ]
 NEEDED = ["pytest", "hypothesis", "numpy"]
 SUITE = ["test_trajectories.py", "test_native_ops.py", "test_kronecker_native.py", "test_step.py"]
+#: What is the same on every version, and long.
+LEFT_OUT = "narrower or million"
 HEADER = "| Python | torch | outcome |\n|---|---|---|\n"
 
 
@@ -78,7 +80,8 @@ def outcome(python: str, torch: str, wheel: Path, folder: Path) -> str:
         tests = shutil.copytree(TESTS, Path(scratch) / "tests", ignore=shutil.ignore_patterns("_*"))
         suite = [str(tests / name) for name in SUITE]
         command = [str(own), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
-        done = subprocess.run([*command, *suite], cwd=scratch, capture_output=True, text=True)
+        command += ["-k", f"not ({LEFT_OUT})", *suite]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     print(done.stdout[-3000:] + done.stderr[-1000:] if done.returncode else "", end="")
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
     said = re.sub(r" in [\d.]+s.*|=+|, \d+ warnings?", "", last).strip()
