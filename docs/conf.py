@@ -36,7 +36,8 @@ include_patterns = [
     "bench/results/**.md",
     "csrc/cuda/README.md",
 ]
-exclude_patterns = ["docs/wheel_matrix.md"]
+# The first one is part of another page; in the others there is nothing, and much to look at.
+exclude_patterns = ["docs/wheel_matrix.md", "docs/_build", "build", ".venv"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True

@@ -18,6 +18,7 @@ import pytest
 import torch
 from doc_blocks import PAGES, blocks, run
 
+import adaqn_cuda
 from adaqn_cuda import DETERMINISTIC, LBFGS, PAPER, AdaQN
 
 ROOT = Path(__file__).parents[1]
@@ -30,44 +31,25 @@ LINKED = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "bench" / "results").rg
 # ------------------------------------------------------------------------------ the site
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
+def test_the_site_builds_without_warnings(tmp_path):
+    """And shows formulas without a network, and a reference of all that is exported."""
     missing = [name for name in GENERATOR if find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing; pip install '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
     command = ["-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", "-b", "html", "."]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command, str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
+        [sys.executable, *command, str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder / "docs"
-
-
-def test_the_site_builds_without_warnings(site):
-    built = {page.stem for page in site.glob("*.html")}
-    assert built >= {page.stem for page in DOCS.glob("*.*") if page.suffix in (".md", ".rst")} - {
-        "wheel_matrix"
-    }
-
-
-def test_formulas_are_rendered_without_a_network(site):
-    for name, least in (("method", 50), ("api", 50)):
-        html = (site / f"{name}.html").read_text()
-        assert html.count("<math") >= least
-        assert r"\sqrt" not in html and r"\_" not in html
-        assert not re.search(r'<(script|link)[^>]+(src|href)="(https?:)?//', html)
-
-
-def test_the_reference_holds_all_that_is_exported(site):
-    import adaqn_cuda
-
-    html = (site / "api.html").read_text()
+    site = {page.stem: page.read_text() for page in (tmp_path / "docs").glob("*.html")}
+    assert set(site) >= {page.stem for page in PAGES[1:]} - {"wheel_matrix"}
+    for name in ("method", "api"):
+        assert site[name].count("<math") >= 50
+        assert r"\sqrt" not in site[name] and r"\_" not in site[name]
+        assert not re.search(r'<(script|link)[^>]+(src|href)="(https?:)?//', site[name])
     for name in set(adaqn_cuda.__all__) - {"__version__", "DETERMINISTIC"}:  # without docstrings
-        assert re.search(rf'id="adaqn_cuda\.(presets\.)?{name}"', html), name
-    assert "DETERMINISTIC" in html
+        assert re.search(rf'id="adaqn_cuda\.(presets\.)?{name}"', site["api"]), name
 
 
 # ------------------------------------------------------------------------------ links
