@@ -160,6 +160,47 @@ def test_what_the_readme_says_of_memory_is_in_the_table(memory):
     assert f"{min(own) / 8:.1f} to {max(own) / 8:.1f} times the bytes of Adam's" in migrating
 
 
+# ------------------------------------------------------------------------------ results
+
+#: Tasks of the README's table, as the record names them.
+TASKS = {
+    "Elman network": "tanh",
+    "IRNN": "irnn",
+    "GRU": "gru",
+    "LSTM": "lstm",
+    "LSTM on words": "lstm-word",
+    "transformer": "transformer",
+    "Elman, batch 512": "tanh-512",
+    "LSTM, batch 512": "lstm-512",
+}
+
+
+def recorded(task: str) -> dict[str, list[str]]:
+    """Rows of the record's table of a task, by method."""
+    record = (ROOT / "bench" / "results" / "convergence.md").read_text()
+    section = record.split(f"\n## {task}\n")[1].split("\n## ")[0]
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\|.*\|$", section, re.M)]
+    return {row[0].strip("*"): row for row in rows}
+
+
+def mean_loss(row: list[str]) -> float:
+    """That of both seeds; infinite if one has diverged."""
+    return sum(inf if cell == "diverged" else float(cell) for cell in row[2:4]) / 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_in_the_readme_are_recorded(task):
+    text = (ROOT / "README.md").read_text()
+    [line] = re.findall(rf"^\| {task} \| (.* %) \|$", text, re.M)
+    best, muon, own, steps, wall = line.replace("*", "").split(" | ")
+    loss, best_method = best.lower().split()
+    rows = recorded(TASKS[task])
+    for method, figure in {best_method: loss, "muon": muon, "kronecker": own}.items():
+        assert abs(mean_loss(rows[method]) - float(figure)) < 0.0011, method  # seeds are rounded
+    assert rows["kronecker"][-2:] == [steps, wall]
+    assert best_method == min(("adam", "nadam", "rmsprop"), key=lambda m: mean_loss(rows[m]))
+
+
 # ------------------------------------------------------------------------------ options
 
 
