@@ -5,6 +5,10 @@ whether or not there is a GPU.  Where the CUDA kernels do not build, the library
 CPU alone; without a C++ compiler, or where the build fails, the package is installed without it.
 Either is said here and when the package is used.
 
+CUDA kernels take most of the time, as many times as there are architectures.  An in-place build is
+for the machine that it is on, and so for the GPUs there, if there are any; every other one is for
+all architectures.
+
 Environment variables:
 
 * ``ADAQN_REQUIRE_EXT=1``: fail instead of leaving anything out that should be there: the library,
@@ -40,6 +44,8 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 #: Machine code for 7.5 to 12.1 but for 11, where 8.0 serves 8.6 to 8.9, and PTX for what follows.
 ARCHITECTURES = "7.5;8.0;9.0;10.0;12.0+PTX"
 EXTRA_FLAGS = shlex.split(os.environ.get("ADAQN_CXXFLAGS", ""))
+#: Where the sources are published.  With it, the metadata has URLs, and the description links.
+REPOSITORY = ""
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -105,9 +111,23 @@ def check_toolkit(nvcc: str, images: list[str]) -> None:
 # ------------------------------------------------------------------------------ architectures
 
 
-def requested_images() -> list[str]:
+def present_architectures() -> str:
+    """Architectures of the GPUs of this machine, as words of ``TORCH_CUDA_ARCH_LIST``.
+
+    The driver is asked, as the torch that builds may be one without CUDA.
+    """
+    question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(question, capture_output=True, text=True)
+    except OSError:
+        return ""
+    answers = done.stdout.split() if done.returncode == 0 else []
+    return ";".join(sorted({word for word in answers if re.fullmatch(r"\d+\.\d", word)}))
+
+
+def requested_images(default: str) -> list[str]:
     """What ``TORCH_CUDA_ARCH_LIST`` asks for, or the default: sm_90, compute_90 and the like."""
-    words = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    words = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
     os.environ["TORCH_CUDA_ARCH_LIST"] = words
     try:
         flags = cpp_extension._get_cuda_arch_flags()
@@ -121,15 +141,21 @@ def by_kind_and_number(image: str) -> tuple[bool, int]:
     return image.startswith("compute_"), int(re.sub(r"\D", "", image))
 
 
-def images_of(nvcc: str) -> list[str]:
-    """The requested images that this nvcc can make; PTX of one it cannot is that of the newest."""
+def images_of(nvcc: str, default: str) -> list[str]:
+    """The requested images that this nvcc can make; PTX of one it cannot is that of the newest.
+
+    Of a GPU that is newer than nvcc there is only such PTX, and it comes with the usual images.
+    """
     explicit = bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
-    requested = requested_images()
+    requested = requested_images(default)
     known = {*ask_nvcc(nvcc, "--list-gpu-code"), *ask_nvcc(nvcc, "--list-gpu-arch")}
     images = [image for image in requested if image.rstrip("af") in known]
     unknown = [image for image in requested if image not in images]
     if not unknown:
         return requested
+    if not explicit and default != ARCHITECTURES:
+        del os.environ["TORCH_CUDA_ARCH_LIST"]
+        return images_of(nvcc, ARCHITECTURES)
     asked = "TORCH_CUDA_ARCH_LIST" if explicit else "the default architectures"
     text = f"{nvcc} does not know {' '.join(unknown)} of {asked}"
     if not images or (explicit and REQUIRED):
@@ -170,10 +196,13 @@ def native_library() -> Extension:
     )
 
 
-def add_cuda(extension: Extension, home: str) -> list[str]:
-    """CUDA kernels and their operations; returns the images that they have."""
+def add_cuda(extension: Extension, home: str, architectures: str) -> list[str]:
+    """CUDA kernels and their operations; returns the images that they have.
+
+    ``architectures`` are those to build for where ``TORCH_CUDA_ARCH_LIST`` says nothing.
+    """
     nvcc = f"{home}/bin/nvcc"
-    images = images_of(nvcc)
+    images = images_of(nvcc, architectures)
     check_toolkit(nvcc, images)
     cpp_extension.CUDA_HOME = home
     toolkit = [path for path in ("lib64", "lib") if (Path(home) / path).exists()]
@@ -248,8 +277,9 @@ class Build(cpp_extension.BuildExtension):
         """One attempt, which leaves this command as it was if it fails."""
         [extension] = self.extensions
         before = self.compiler, self.inplace, copy.deepcopy(vars(extension))
+        here = present_architectures() if home is not None and self.inplace else ""
         try:
-            images = add_cuda(extension, home) if home is not None else []
+            images = add_cuda(extension, home, here or ARCHITECTURES) if home is not None else []
             extension.sources.append(write_record(Path(self.build_temp), images, without_cuda))
             super().run()
         except Exception:
@@ -276,7 +306,40 @@ def announce(what: str, why: str) -> None:
     print(f"{rule}\nWARNING: {what}\n{why}\n{rule}", file=sys.stderr)
 
 
+# ------------------------------------------------------------------------------ the description
+
+
+def description(text: str, repository: str) -> str:
+    """The README as an index shows it, where no link may be relative.
+
+    Links lead into ``repository``.  Without one, their words remain, and pictures go.
+    """
+
+    def resolve(match: re.Match[str]) -> str:
+        mark, words, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        if not repository:
+            return "" if mark else words
+        return f"{mark}[{words}]({repository}/{'raw' if mark else 'blob'}/HEAD/{target})"
+
+    return re.sub(r"(!?)\[([^]]*)\]\(([^)\s]+)\)", resolve, text)
+
+
+def project_urls(repository: str) -> dict[str, str]:
+    pages = {
+        "Source": "",
+        "Documentation": "/blob/HEAD/docs/index.md",
+        "Changelog": "/blob/HEAD/CHANGELOG.md",
+        "Issues": "/issues",
+    }
+    return {name: repository + page for name, page in pages.items()} if repository else {}
+
+
 setup(
+    long_description=description((ROOT / "README.md").read_text(encoding="utf-8"), REPOSITORY),
+    long_description_content_type="text/markdown",
+    project_urls=project_urls(REPOSITORY),
     ext_modules=[native_library()],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

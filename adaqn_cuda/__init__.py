@@ -3,6 +3,7 @@
 from .adaqn import AdaQN
 from .blocks import rnn_blocks
 from .lbfgs import DETERMINISTIC, LBFGS
+from .parametrized import parametrized_groups
 from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
 from .version import __version__
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "gauss_newton",
     "hessian",
+    "parametrized_groups",
     "rnn_blocks",
     "unwrap",
 ]

@@ -79,11 +79,24 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["setuptools", "torch.utils.cpp_extension"])
 
 
-def run_setup(tree: Path, *arguments: str, torch_cuda: str | None = None, **environment: str):
-    """``setup.py`` in a process of its own, with a torch of a CUDA version if one is named."""
+def run_setup(
+    tree: Path, *arguments: str, torch_cuda: str | None = None, gpus: str = "", **environment: str
+):
+    """``setup.py`` in a process of its own.
+
+    Args:
+        torch_cuda: CUDA version of its torch, if it has one.
+        gpus: compute capabilities of the machine's GPUs.
+        environment: variables, beside those of this process that are not about builds.
+    """
     ours = ("ADAQN_", "TORCH_CUDA", "CUDA_HOME", "CXX", "CC")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environment = {**inherited, "MAX_JOBS": "1", "ADAQN_CUDA": "0", **environment}
+    answer = (
+        "; ".join(f"echo {gpu}" for gpu in gpus.split()) or "echo no devices were found; exit 6"
+    )
+    driver = write_script(tree.parent / "driver" / "nvidia-smi", f"#!/bin/sh\n{answer}\n")
+    environment["PATH"] = f"{driver.parent}{os.pathsep}{environment['PATH']}"
     log = tree.parent / "log"
     process = SERVER.Process(
         target=setup_process, args=(tree, arguments, torch_cuda, environment, log)
@@ -161,6 +174,25 @@ def test_cuda_kernels_have_the_default_images(tree, tmp_path):
     assert kernels
     for line in kernels:
         assert {w.rpartition("code=")[2] for w in line.split() if "-gencode" in w} == {*images}
+
+
+def test_an_in_place_build_is_for_the_gpus_of_the_machine(tree, tmp_path):
+    cuda = toolkit(tmp_path / "cuda", known="sm_75 sm_80 sm_86 sm_90 sm_100 sm_120")
+    build(tree, gpus="9.0 8.6 9.0", **cuda)
+    assert record(tree).images == ("sm_86", "sm_90")
+    build(tree, gpus="9.0 8.6 9.0", TORCH_CUDA_ARCH_LIST="7.5", **cuda)
+    assert record(tree).images == ("sm_75",)
+
+
+def test_a_gpu_that_nvcc_does_not_know_has_its_ptx(tree, tmp_path):
+    build(tree, gpus="8.0 12.0", **toolkit(tmp_path / "cuda", "12.4", "sm_75 sm_80 sm_90"))
+    assert record(tree).images == ("sm_75", "sm_80", "sm_90", "compute_90")
+
+
+def test_a_wheel_is_for_all_gpus(tree, tmp_path):
+    build(tree, "build_ext", gpus="9.0", **toolkit(tmp_path / "cuda"))
+    images = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")
+    assert read_record(tree / "build" / built_folder() / "adaqn_cuda" / LIBRARY).images == images
 
 
 def test_an_old_nvcc_leaves_out_what_it_does_not_know(tree, tmp_path):
