@@ -150,4 +150,4 @@ def test_every_pair_of_versions_has_an_outcome():
     rows = (ROOT / "docs" / "wheel_matrix.md").read_text().splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(python, torch) for python, torch, _ in cells] == wheel_matrix.PAIRS
-    assert not any("failed" in outcome for *_, outcome in cells)
+    assert not any(outcome.startswith("failed") for *_, outcome in cells)
