@@ -8,10 +8,11 @@ from math import inf
 
 import pytest
 import torch
-from problems import assert_same, both_backends, random_parameters, set_gradients
+from emulated import EmulatedOps
+from problems import assert_same, both_backends, needs_library, random_parameters, set_gradients
 from problems import snapshot as snapshot_of
 
-from adaqn_cuda import LBFGS, AdaQN
+from adaqn_cuda import LBFGS, AdaQN, ops
 from adaqn_cuda.options import COMMON, DIFFERING
 
 F64 = torch.float64
@@ -110,9 +111,13 @@ def test_moments_stay_right_while_momenta_decay_apart(init):
 
 @pytest.mark.parametrize("pairs", [{}, PAIRS])
 @pytest.mark.parametrize("name", SPLITS)
-def test_backends_agree(name, pairs):
-    ends = []
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_library), "emulated"])
+def test_backends_agree(backend, name, pairs, monkeypatch):
+    """The CUDA kernels among them, emulated."""
+    ends, emulated = [], ops.Backend("native", "emulated", EmulatedOps())
     for fused in (False, None):
+        if backend == "emulated" and fused is None:
+            monkeypatch.setattr(ops, "select_backend", lambda *_: emulated)
         params = random_parameters(FIRST + SECOND, F64)
         optimizer = AdaQN(groups_of(params, *SPLITS[name]), fused=fused, **pairs)
         run(optimizer, params, 12, missing=(5, 4))

@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from optimizer_inputs import ADAQN, INPUTS, Subject, every_pair, optimizer_info
-from problems import needs_library
+from problems import BACKENDS, needs_library
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, lr_scheduler
@@ -53,9 +53,6 @@ def differs(name, raises):
     """A test as torch has it, which must fail for the reason that :data:`DIFFERENCES` has."""
     ASKED.add(name)
     return pytest.mark.xfail(reason=DIFFERENCES[name], raises=raises, strict=True)
-
-
-BACKENDS = [False, pytest.param(None, marks=needs_library)]
 
 
 #: Inputs that the slower reference gets; each option alone it gets where backends are compared.
@@ -114,7 +111,7 @@ class Line:
     def closure(self):
         self.optimizer.zero_grad()
         weight, bias = self.params
-        loss = (weight.mv(self.x) + bias).abs().square().sum()
+        loss = (weight.mv(self.x) + bias).square().sum()
         loss.backward()
         return loss
 
