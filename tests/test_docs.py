@@ -230,7 +230,14 @@ def test_the_table_of_hyper_parameters_has_the_defaults():
             assert own[name] == value_of(default), name
             assert not paper or PAPER.get(name, own[name]) == value_of(paper), name
     assert set(PAPER) <= seen
-    untold = {"curvature_closure", "foreach", "capturable", "differentiable", "max_factor_dim"}
+    untold = {
+        "curvature_closure",
+        "foreach",
+        "capturable",
+        "differentiable",
+        "max_factor_dim",
+        "state_sharding",
+    }
     assert set(own) - seen == untold
 
 
