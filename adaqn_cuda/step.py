@@ -87,7 +87,8 @@ class Settings:
     @property
     def group_sizes(self) -> list[int]:
         """Parameters of each group."""
-        return self.rates[0]
+        sizes: list[int] = self.rates[0]
+        return sizes
 
     @property
     def betas(self) -> list[float]:
@@ -112,7 +113,7 @@ class Settings:
     @property
     def correct_bias(self) -> bool:
         """Of v."""
-        return self.common["bias_correction"]
+        return bool(self.common["bias_correction"])
 
     def averages_agree(self) -> bool:
         """Whether all groups have the same."""

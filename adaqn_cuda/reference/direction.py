@@ -63,10 +63,11 @@ def direction_step(
         params, grads, s_ring, counters, grad_scale, found_inf, maximize, max_grad_norm, beta,
         moments, projections,
     )  # fmt: skip
+    betas, keeps, adds, epsilons = ([x] * len(group_sizes) for x in (beta, keep, add, eps))
     direction_pass2(
         params, grads, y_ring, gram, counters, projections, grad_scale, maximize, max_grad_norm,
-        *([x] * len(group_sizes) for x in (beta, keep, add, eps)), correct_bias, group_sizes, False,
-        momentum, accumulator, fisher, direction, images,
+        betas, keeps, adds, epsilons, correct_bias, group_sizes, False, momentum, accumulator,
+        fisher, direction, images,
     )  # fmt: skip
     rates = (group_sizes, lr, weight_decay, lr_tensor, weight_decay_tensor)
     direction_pass3(
