@@ -87,7 +87,8 @@ class Settings:
     @property
     def group_sizes(self) -> list[int]:
         """Parameters of each group."""
-        return list(self.rates[0])
+        sizes: list[int] = self.rates[0]
+        return sizes
 
     @property
     def betas(self) -> list[float]:

@@ -211,10 +211,7 @@ def complex_twins(subject, shapes, seed=0):
 
 @subjects()
 def test_complex(subject):
-    """Complex parameters are the real ones that torch.view_as_real makes of them.
-
-    Those of a vector have a factor of their own only where they are no longer than vectors may be.
-    """
+    """Complex parameters are the real ones that torch.view_as_real makes of them."""
     shapes = [((4, 3), C64), ((5,), C64), ((4, 3), F32)]
     mine, theirs, complex_one, real_one = complex_twins(subject, shapes)
     noise = torch.Generator().manual_seed(1)
