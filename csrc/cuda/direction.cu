@@ -32,7 +32,9 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
   const T scale = T(scale_of(scaling) * memory.weights->clip);
   T* direction = static_cast<T*>(state.direction);
   const int64_t fisher_row = memory.counters[counter::next_gradient] * state.fisher.stride;
-  for (int i = threadIdx.x; i < memory.slots; i += blockDim.x) memory.factors[i] = -T(memory.a[i]);
+  for (int i = threadIdx.x; i < y.count; i += blockDim.x) {
+    memory.factors[i] = -T(memory.coefficients[i]);
+  }
   if (threadIdx.x == 0) {
     const bool scalar = !identity && !state.accumulator;
     const double gamma = scalar ? scalar_initial_matrix(state.gram, memory.ring()) : 1.0;
@@ -93,7 +95,9 @@ __device__ void pass3(const Segments<Capacity>& table, const State& state, const
   if (!memory.accepted()) return;
   const Rows<H> s = stored_rows<H>(state.s_ring, memory.ring());
   T* direction = static_cast<T*>(state.direction);
-  for (int i = threadIdx.x; i < memory.slots; i += blockDim.x) memory.factors[i] = T(memory.c[i]);
+  for (int i = threadIdx.x; i < s.count; i += blockDim.x) {
+    memory.factors[i] = T(memory.coefficients[i]);
+  }
   __syncthreads();
 
   Cursor<Capacity> cursor(table);
@@ -174,7 +178,8 @@ ADAQN_PASS_KERNEL pass2_kernel(const __grid_constant__ Segments<Capacity> table,
   load_control(state, memory);
   load_projections(state, memory);
   weigh(averages, scaling.max_grad_norm, memory);
-  solve_backward(state, memory);
+  load_triangle(state, memory);
+  solve_backward(memory);
   pass2<T, H>(table, state, scaling, averages, identity, memory, partials);
 }
 
@@ -197,8 +202,9 @@ ADAQN_PASS_KERNEL pass3_kernel(const __grid_constant__ Segments<Capacity> table,
   load_control(state, memory);
   load_projections(state, memory);
   copy_words(memory.images, state.images, memory.slots);
-  solve_backward(state, memory);
-  solve_forward(state, memory);
+  load_triangle(state, memory);
+  solve_backward(memory);
+  solve_forward(memory);
   pass3<T, H>(table, state, rates, capped, memory, partials);
 }
 
@@ -236,12 +242,14 @@ ADAQN_PASS_KERNEL step_kernel(const __grid_constant__ Segments<Capacity> table,
   pass1<T, H>(table, state, scaling, memory, partials1);
   grid.sync();
   collect_projections(state, scaling, averages, memory, partials1);
-  solve_backward(state, memory);
+  load_triangle(state, memory);
+  solve_backward(memory);
   pass2<T, H>(table, state, scaling, averages, false, memory, partials2);
   grid.sync();
   if (memory.accepted()) {
     collect_images(memory, partials2);
-    solve_forward(state, memory);
+    load_triangle(state, memory);
+    solve_forward(memory);
     pass3<T, H>(table, state, rates, capped, memory, partials1);  // whose sums have been read
   }
   if (capped) {

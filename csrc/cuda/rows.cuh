@@ -51,12 +51,12 @@ __device__ __forceinline__ void visit_rows(const Rows<H>& rows, const Pack<W>& a
   }
 }
 
-/// x += sum_i coefficients[slot of row i] row_i
+/// x += sum_i coefficients[i] row_i
 template <Cache cache, class T, class H, int W>
 __device__ __forceinline__ void add_combination(const Rows<H>& rows, const T* coefficients,
                                                 const Pack<W>& at, T (&x)[W]) {
   visit_rows<cache>(rows, at, [&](int i, const H(&elements)[W]) {
-    const T c = coefficients[rows.slot(i)];
+    const T c = coefficients[i];
 #pragma unroll
     for (int j = 0; j < W; ++j) x[j] += c * convert<T>(elements[j]);
   });
