@@ -114,18 +114,24 @@ __device__ void load_projections(const State& state, const StepMemory<T>& memory
   __syncthreads();
 }
 
+/// The look-ahead of the step, by one warp: two lanes take a power each.
+__device__ __forceinline__ LookAhead look_ahead_by_warp(const int64_t* counters, double beta) {
+  if (beta == 0) return LookAhead(0, 0, 0);
+  const double power = pow(beta, LookAhead::step(counters) + threadIdx.x % 2);
+  const double now = __shfl_sync(0xffffffffu, power, 0);
+  return LookAhead(beta, now, __shfl_sync(0xffffffffu, power, 1));
+}
+
 /// All weights but the cap, from counters and flags.  All threads of the block call it; the weights
 /// are there after its last line.  Powers take long: two warps share them, and few steps need them.
 template <class T>
 __device__ void weigh(const Averages& averages, double max_grad_norm, const StepMemory<T>& memory) {
   StepWeights& weights = *memory.weights;
-  if (threadIdx.x == 0) {
-    weights.clip = clip_factor(memory.flags(), max_grad_norm);
-    if (averages.beta == 0) {
-      weights.look_ahead.beta = weights.look_ahead.of_old = 0;
-      weights.look_ahead.of_gradient = 1;
-    } else {
-      weights.look_ahead = LookAhead(memory.counters, averages.beta);
+  if (threadIdx.x < 32) {
+    const LookAhead look_ahead = look_ahead_by_warp(memory.counters, averages.beta);
+    if (threadIdx.x == 0) {
+      weights.look_ahead = look_ahead;
+      weights.clip = clip_factor(memory.flags(), max_grad_norm);
     }
   }
   if (threadIdx.x == 32) {
