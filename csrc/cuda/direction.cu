@@ -161,6 +161,14 @@ ADAQN_PASS_KERNEL pass1_kernel(const __grid_constant__ Segments<Capacity> table,
   pass1<T, H>(table, state, scaling, memory, partials);
 }
 
+template <class T, int Capacity>
+ADAQN_PASS_KERNEL flags_pass_kernel(const __grid_constant__ Segments<Capacity> table,
+                                    const __grid_constant__ State state, Scaling scaling,
+                                    Partials partials) {
+  StepMemory<T> memory(shared_memory(), state.slots);
+  flags_pass(table, scaling, memory, partials);
+}
+
 template <class T>
 ADAQN_PASS_KERNEL finish_pass1_kernel(const __grid_constant__ State state, Scaling scaling,
                                       Averages averages, Partials partials) {
@@ -322,8 +330,9 @@ cudaError_t direction_pass1(const Parameters& list, const State& state, const Sc
     using H = typename decltype(types)::H;
     Partials partials{queue.workspace, 0, 0};
     auto enqueue = [&](const auto& table, const TableRange&, const Shape& shape) {
-      return launch(pass1_kernel<T, H, kCapacity<decltype(table)>>, shape, queue.stream, table,
-                    state, scaling, partials);
+      constexpr int C = kCapacity<decltype(table)>;
+      const auto kernel = state.slots > 0 ? pass1_kernel<T, H, C> : flags_pass_kernel<T, C>;
+      return launch(kernel, shape, queue.stream, table, state, scaling, partials);
     };
     ADAQN_CUDA_TRY((for_each_step_launch<T, H>(list, state, partials, enqueue)));
     return launch(finish_pass1_kernel<T>, one_block<T>(state), queue.stream, state, scaling,
@@ -387,7 +396,7 @@ cudaError_t load_direction(const Kinds& kinds) {
     return for_capacities<kSmallTable, kLargeTable>([](auto capacity) {
       constexpr int C = decltype(capacity)::value;
       return load(pass1_kernel<T, H, C>, pass2_kernel<T, H, C>, pass3_kernel<T, H, C>,
-                  step_kernel<T, H, C>, capped_descent_kernel<T, C>);
+                  step_kernel<T, H, C>, capped_descent_kernel<T, C>, flags_pass_kernel<T, C>);
     });
   });
 }
