@@ -39,10 +39,10 @@ __device__ __forceinline__ void visit_slice(int64_t first, int64_t end, bool ali
   auto is_whole = [&](int64_t i, int elements) {
     return aligned && i >= first && i + elements <= end && fits(i, elements);
   };
-  const int64_t chunks = to > from ? (to - from + N * Threads - 1) / (N * Threads) : 0;
-  for (int64_t k = 0; k < chunks; ++k) {
-    const int64_t chunk = order == Order::forward ? k : chunks - 1 - k;
-    int64_t unit = from + chunk * N * Threads + threadIdx.x;
+  const int chunks = to > from ? int((to - from + N * Threads - 1) / (N * Threads)) : 0;
+  for (int k = 0; k < chunks; ++k) {
+    const int chunk = order == Order::forward ? k : chunks - 1 - k;
+    int64_t unit = from + int64_t(chunk) * N * Threads + threadIdx.x;
     if (N > 1 && unit + kUnits <= to && is_whole(unit * W, kUnits * W)) {
       visit(Packs<W, N>{unit * W, Threads * W});
       continue;

@@ -54,9 +54,10 @@ __device__ void pass1(const Segments<Capacity>& table, const State& state, const
     constexpr int W = kPackWidth<decltype(at)>;
     if (!cursor.moves()) return;
     T g[W];
-    load_gradient(cursor, at, scale, g);
-    of_gradient.add(g);
-    add_products<Cache::keep>(s, at, g, sums, kCounts);
+    add_products<Cache::keep>(s, at, g, sums, kCounts, [&] {
+      load_gradient(cursor, at, scale, g);
+      of_gradient.add(g);
+    });
   });
   of_gradient.store(sums, memory);
   store_with_squares(memory, kCounts + s.count, partials);
