@@ -71,6 +71,15 @@ def dense(*lists) -> list[list[Tensor | None]]:
     return [[t if t is None else t.contiguous() for t in tensors] for tensors in lists]
 
 
+def copy_strided(strided: list[Tensor], dense: list[Tensor], to_dense: bool) -> bool:
+    """Copies tensors to contiguous ones of the same shapes, or back; whether all could be."""
+    rows = [
+        (s.data_ptr(), d.data_ptr(), s.element_size(), list(s.shape), list(s.stride()))
+        for s, d in zip(strided, dense, strict=True)
+    ]
+    return build().copy_strided(rows, to_dense)
+
+
 def state(vector_type: torch.dtype, numel: int, **buffers: Tensor | None) -> dict[str, int]:
     """Buffers of :class:`adaqn_cuda.arena.Sizes` by name, as the bindings take them."""
     result = {"numel": numel, "slots": 0, "fisher_size": 1, "type": TYPES[vector_type]}

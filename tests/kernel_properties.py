@@ -31,6 +31,12 @@ EVERYTHING = dict(
     beta=0.9, correct_bias=True, max_grad_norm=0.7, max_direction=0.5, damping=0.2, image_size=50.0
 )
 
+#: Long enough for a thread to take several packs at a time, aligned ones and others.
+LONG = Case(
+    numels=(8, 13_501, 13_500), dtypes=(F32, BF16, F16), history_size=1, pairs=1, oldest=1,
+    fisher_size=1, gradients=1, beta=0.9,
+)  # fmt: skip
+
 CASES = {
     "plain": Case(),
     "empty": Case(numels=(0, 0)),
@@ -109,7 +115,9 @@ CASES = {
     "apart, 1 650 tensors": Case(
         numels=(3, 1, 0) * 550, groups=7, apart=True, missing=7, **EVERYTHING
     ),
+    "long": LONG,
     "no history": Case().without_pairs(),
+    "no history, long": LONG.without_pairs(),
     "no history, identity": Case(identity=True, diagonal=False, beta=0.9).without_pairs(),
     "no history, everything": MIXED.but(**EVERYTHING).without_pairs(),
 }

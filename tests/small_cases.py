@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from emulated import EmulatedOps
-from kernel_problems import F32, F64
+import torch
+from emulated import EmulatedOps, copy_strided
+from kernel_problems import BF16, F32, F64
 from kernel_properties import CASES, check_case, operations_for
 from kronecker_properties import CASES as KRONECKER
 from kronecker_properties import OPERATIONS as KRONECKER_OPERATIONS
@@ -74,6 +75,16 @@ def hopeless_case(device: EmulatedOps) -> dict[str, Callable[[], None]]:
     return {"hopeless factors": check}
 
 
+def check_strided() -> None:
+    """Tensors of several blocks' elements, of every size that an element has."""
+    strided = [torch.randn(30, 40, dtype=dtype).mT for dtype in (F32, F64, BF16)]
+    dense = [torch.zeros(t.shape, dtype=t.dtype) for t in strided]
+    assert copy_strided(strided, dense, True)
+    back = [torch.zeros_like(t) for t in strided]
+    assert copy_strided(back, dense, False)
+    assert all(map(torch.equal, strided, dense)) and all(map(torch.equal, strided, back))
+
+
 def all_cases() -> dict[str, Callable[[], None]]:
     """Checks by name, each a run of one operation; some of every kind come first."""
     families = ((step_cases, STEPS), (search_cases, SEARCHES), (matrix_cases, MATRICES))
@@ -83,6 +94,7 @@ def all_cases() -> dict[str, Callable[[], None]]:
     for kind in BASES:
         cases.update(basis_cases(LITTLE_MEMORY, kind))
     cases.update(hopeless_case(FORWARD))
+    cases["tensors that are not contiguous"] = check_strided
     for make, names in families:
         for name in names[1:]:
             cases.update(make(FORWARD, name))

@@ -7,6 +7,7 @@ from math import inf, isfinite, nan
 import pytest
 import torch
 from cmake_module import ROOT, build_module
+from emulated import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,12 @@ from adaqn_cuda.layout import (
 def common():
     """The test module of CMakeLists.txt."""
     return build_module(ROOT, "adaqn_common_test")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The emulation of the CUDA kernels."""
+    return build()
 
 
 def test_words_are_those_of_the_layout(common):
@@ -67,6 +74,16 @@ def test_recursions(common, ring):
         assert torch.equal(ours == 0, theirs == 0)
     gamma = common.scalar_initial_matrix(gram.flatten().tolist(), counters.tolist(), slots)
     assert gamma == pytest.approx(reference.scalar_initial_matrix(gram, counters).item())
+
+
+@settings(max_examples=200, deadline=None)
+@given(rings())
+def test_recursions_of_a_block_have_the_same_bits(common, kernels, ring):
+    slots, counters, *numbers = ring
+    gram, u, z = (x.flatten().tolist() for x in numbers)
+    a = common.backward(gram, counters.tolist(), slots, u)
+    c = common.forward(gram, counters.tolist(), slots, a, z)
+    assert kernels.recursions(gram, counters.tolist(), slots, u, z) == (a, c)
 
 
 @settings(max_examples=300, deadline=None)

@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 import torch
-from emulated import TYPES, EmulatedOps, build
+from emulated import TYPES, EmulatedOps, build, copy_strided
 from kernel_problems import F32, F64, Case, Problem, run
 from kernel_properties import (
     ALL,
@@ -248,14 +248,6 @@ LAYOUTS = {
     "reversed dimensions": lambda t: t(2, 3, 4, 5).permute(3, 2, 1, 0),
     "ones": lambda t: t(1, 6, 1, 4).permute(0, 3, 2, 1),
 }
-
-
-def copy_strided(strided, dense, to_dense):
-    rows = [
-        (s.data_ptr(), d.data_ptr(), s.element_size(), list(s.shape), list(s.stride()))
-        for s, d in zip(strided, dense, strict=True)
-    ]
-    return build().copy_strided(rows, to_dense)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16, torch.float16])

@@ -19,13 +19,20 @@ struct LookAhead {
   double beta;
   double of_old, of_gradient;  ///< q = of_old m_(t-1) + of_gradient g
 
-  /// `counters` as they are before the step is counted.
-  ADAQN_HOST_DEVICE LookAhead(const int64_t* counters, double beta_) : beta(beta_) {
-    const double t = static_cast<double>(counters[counter::accepted] + 1);
-    const double ahead = beta / (1 - pow(beta, t + 1)), now = (1 - beta) / (1 - pow(beta, t));
+  /// t; `counters` as they are before the step is counted.
+  ADAQN_HOST_DEVICE static double step(const int64_t* counters) {
+    return static_cast<double>(counters[counter::accepted] + 1);
+  }
+
+  /// `power` is beta^t, `next` beta^(t+1).
+  ADAQN_HOST_DEVICE LookAhead(double beta_, double power, double next) : beta(beta_) {
+    const double ahead = beta / (1 - next), now = (1 - beta) / (1 - power);
     of_old = ahead * beta;
     of_gradient = ahead * (1 - beta) + now;
   }
+
+  ADAQN_HOST_DEVICE LookAhead(const int64_t* counters, double beta_)
+      : LookAhead(beta_, pow(beta_, step(counters)), pow(beta_, step(counters) + 1)) {}
 
   /// u = s.q, from s.m of the old momentum and s.g of the clipped gradient.
   ADAQN_HOST_DEVICE double projection(double s_m, double s_g) const {

@@ -13,9 +13,9 @@ __device__ __forceinline__ double scale_of(const Scaling& scaling) {
 }
 
 /// The gradient to descend.
-template <class T, int W, int Capacity>
-__device__ __forceinline__ void load_gradient(const Cursor<Capacity>& cursor, const Pack<W>& at,
-                                              T scale, T (&g)[W]) {
+template <class T, class At, int W, int Capacity>
+__device__ __forceinline__ void load_gradient(const Cursor<Capacity>& cursor, const At& at, T scale,
+                                              T (&g)[W]) {
   load_grad(cursor, at, g);
 #pragma unroll
   for (int j = 0; j < W; ++j) {
@@ -23,20 +23,22 @@ __device__ __forceinline__ void load_gradient(const Cursor<Capacity>& cursor, co
   }
 }
 
-/// m and v at a pack, as far as there are any; loaded early, to be in flight beside the gradient.
+/// m and v at packs, as far as there are any; loaded early, to be in flight beside the gradient.
 template <class T, int W>
 struct AveragesAt {
   T m[W], v[W];
 
-  __device__ __forceinline__ void load(const State& state, const Pack<W>& at) {
+  template <class At>
+  __device__ __forceinline__ void load(const State& state, const At& at) {
     if (state.momentum) cuda::load(static_cast<const T*>(state.momentum), at, m);
     if (state.accumulator) cuda::load(static_cast<const T*>(state.accumulator), at, v);
   }
 
   /// g enters m and v, in memory; q and the diagonal of D are what they make.  Where nothing
   /// `moves`, g is zero, as is q, and m and v are not touched.
+  template <class At>
   __device__ __forceinline__ void enter(const State& state, const AverageFactors<T>& factors,
-                                        const Pack<W>& at, bool moves, const T (&g)[W], T (&q)[W],
+                                        const At& at, bool moves, const T (&g)[W], T (&q)[W],
                                         T (&diagonal)[W]) {
 #pragma unroll
     for (int j = 0; j < W; ++j) {

@@ -7,7 +7,7 @@
 
 #include "../common/acceptance.h"
 #include "../common/averages.h"
-#include "../common/recursion.h"
+#include "recursions.cuh"
 #include "reduce.cuh"
 #include "shared.cuh"
 
@@ -62,14 +62,14 @@ struct StepMemory {
   int slots;
   int64_t* counters;
   StepWeights* weights;
-  double* projections;  // u by slot, then the flags
-  double* images;       // z by slot, then |H0 q|^2
-  double* totals;       // sums over all blocks, in the order of their partials
-  double *a, *c;        // coefficients by slot
-  T* factors;           // of the linear combination at hand, by slot
   AverageFactors<T>* average_factors;
-  double* gram;     // the same memory as what follows, and done with before that is used
-  double* squares;  // the sum of squares of each thread: T would overflow where |g| does not
+  double* projections;   // u by slot, then the flags
+  double* images;        // z by slot, then |H0 q|^2
+  double* totals;        // sums over all blocks, in the order of their partials
+  double* coefficients;  // a by age, and then c
+  T* factors;            // of the linear combination at hand, by age
+  double* triangle;      // the same memory as what follows, and done with before that is used
+  double* squares;       // the sum of squares of each thread: T would overflow where |g| does not
   T* sums;
   size_t bytes;
 
@@ -77,15 +77,14 @@ struct StepMemory {
     Carver carver(base);
     counters = carver.take<int64_t>(counter::count);
     weights = carver.take<StepWeights>(1);
+    average_factors = carver.take<AverageFactors<T>>(1);
     projections = carver.take<double>(slots + flag::count);
     images = carver.take<double>(slots + 1);
     totals = carver.take<double>(slots + flag::count);
-    a = carver.take<double>(slots);
-    c = carver.take<double>(slots);
+    coefficients = carver.take<double>(slots + PairTriangle::kTerms);
     factors = carver.take<T>(slots);
-    average_factors = carver.take<AverageFactors<T>>(1);
     Carver alternative = carver;
-    gram = alternative.take<double>((slots + 1) * slots);
+    triangle = alternative.take<double>(slots * PairTriangle::pitch_of(slots));
     squares = carver.take<double>(kThreads<T>);
     sums = carver.take<T>((slots + kCounts) * kThreads<T>);
     bytes = carver.bytes() > alternative.bytes() ? carver.bytes() : alternative.bytes();
@@ -93,6 +92,7 @@ struct StepMemory {
 
   __device__ const double* flags() const { return projections + slots; }
   __device__ PairRing ring() const { return PairRing(counters, slots); }
+  __device__ PairTriangle aged_gram() const { return PairTriangle(triangle, ring()); }
   __device__ bool accepted() const { return step_is_accepted(flags(), counters); }
 };
 
@@ -114,18 +114,24 @@ __device__ void load_projections(const State& state, const StepMemory<T>& memory
   __syncthreads();
 }
 
+/// The look-ahead of the step, by one warp: two lanes take a power each.
+__device__ __forceinline__ LookAhead look_ahead_by_warp(const int64_t* counters, double beta) {
+  if (beta == 0) return LookAhead(0, 0, 0);
+  const double power = pow(beta, LookAhead::step(counters) + threadIdx.x % 2);
+  const double now = __shfl_sync(0xffffffffu, power, 0);
+  return LookAhead(beta, now, __shfl_sync(0xffffffffu, power, 1));
+}
+
 /// All weights but the cap, from counters and flags.  All threads of the block call it; the weights
 /// are there after its last line.  Powers take long: two warps share them, and few steps need them.
 template <class T>
 __device__ void weigh(const Averages& averages, double max_grad_norm, const StepMemory<T>& memory) {
   StepWeights& weights = *memory.weights;
-  if (threadIdx.x == 0) {
-    weights.clip = clip_factor(memory.flags(), max_grad_norm);
-    if (averages.beta == 0) {
-      weights.look_ahead.beta = weights.look_ahead.of_old = 0;
-      weights.look_ahead.of_gradient = 1;
-    } else {
-      weights.look_ahead = LookAhead(memory.counters, averages.beta);
+  if (threadIdx.x < 32) {
+    const LookAhead look_ahead = look_ahead_by_warp(memory.counters, averages.beta);
+    if (threadIdx.x == 0) {
+      weights.look_ahead = look_ahead;
+      weights.clip = clip_factor(memory.flags(), max_grad_norm);
     }
   }
   if (threadIdx.x == 32) {
@@ -134,31 +140,30 @@ __device__ void weigh(const Averages& averages, double max_grad_norm, const Step
   __syncthreads();
 }
 
-/// Brings gram into shared memory and lets one thread call solve(gram, ring).  All threads of the
-/// block call it, past a barrier behind the last use of the sums, and `solve` sees what they wrote;
-/// what it wrote is there after the last line.
-template <class T, class Solve>
-__device__ void with_gram(const State& state, const StepMemory<T>& memory, Solve solve) {
-  copy_words(memory.gram, state.gram, (memory.slots + 1) * memory.slots);
-  __syncthreads();
-  if (threadIdx.x == 0) solve(static_cast<const double*>(memory.gram), memory.ring());
+/// Brings what the recursions need of gram.  All threads of the block call it, past a barrier
+/// behind the last use of the sums.
+template <class T>
+__device__ void load_triangle(const State& state, const StepMemory<T>& memory) {
+  load_triangle(state.gram, memory.ring(), memory.aged_gram());
   __syncthreads();
 }
 
-/// a, from projections.
+/// a, from projections.  All threads of the block call it; a is there after its last line.
 template <class T>
-__device__ void solve_backward(const State& state, const StepMemory<T>& memory) {
-  with_gram(state, memory, [&](const double* gram, const PairRing& ring) {
-    backward_coefficients(gram, ring, memory.projections, memory.a);
-  });
+__device__ void solve_backward(const StepMemory<T>& memory) {
+  if (threadIdx.x == 0) {
+    solve_by_rows(memory.aged_gram(), memory.ring(), memory.projections, memory.coefficients);
+  }
+  __syncthreads();
 }
 
-/// c, from a and images.
+/// c in the place of a, from images, in the same way.
 template <class T>
-__device__ void solve_forward(const State& state, const StepMemory<T>& memory) {
-  with_gram(state, memory, [&](const double* gram, const PairRing& ring) {
-    forward_coefficients(gram, ring, memory.a, memory.images, memory.c);
-  });
+__device__ void solve_forward(const StepMemory<T>& memory) {
+  if (threadIdx.x < 32) {
+    solve_by_columns(memory.aged_gram(), memory.ring(), memory.images, memory.coefficients);
+  }
+  __syncthreads();
 }
 
 /// The last act of a step: s_i.m and the counters move on.  All threads of one block call it.

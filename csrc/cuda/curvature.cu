@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads<T>)
   T* iterate_sum = static_cast<T*>(state.iterate_sum);
   T* anchor = static_cast<T*>(state.anchor);
   Cursor<Capacity> cursor(table);
-  visit_segments<T, T>(cursor, Order::forward, [&](const auto& at) {
+  visit_segments<T, T, kPacksAtATime>(cursor, Order::forward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     const T zero[W] = {};
     T x[W];

@@ -36,16 +36,16 @@ inline TableRates rates_of(const Rates& rates, const TableRange& range, const Pa
   return result;
 }
 
-/// w and, where there is one, the sum of iterates at a pack, and the rates there.  Loaded before
+/// w and, where there is one, the sum of iterates at packs, and the rates there.  Loaded before
 /// the direction, to be in flight beside it.
 template <class T, int W>
 struct IterateAt {
   T w[W], sum[W], rate, shrink;
 
   /// `factor` shortens the direction.
-  template <int Capacity>
+  template <class At, int Capacity>
   __device__ __forceinline__ void load(const Cursor<Capacity>& cursor, const State& state,
-                                       const TableRates& rates, double factor, const Pack<W>& at) {
+                                       const TableRates& rates, double factor, const At& at) {
     load_param(cursor, at, w);
     if (state.iterate_sum) cuda::load(static_cast<const T*>(state.iterate_sum), at, sum);
     const int group = cursor.table.group[cursor.segment];
@@ -55,9 +55,9 @@ struct IterateAt {
   }
 
   /// w_sum += w;  w = (1 - lr weight_decay) w - lr factor p where it moves; in memory.
-  template <int Capacity>
+  template <class At, int Capacity>
   __device__ __forceinline__ void descend(const Cursor<Capacity>& cursor, const State& state,
-                                          const Pack<W>& at, const T (&p)[W]) {
+                                          const At& at, const T (&p)[W]) {
     if (state.iterate_sum) {
 #pragma unroll
       for (int j = 0; j < W; ++j) sum[j] += w[j];

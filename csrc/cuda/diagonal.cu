@@ -26,7 +26,7 @@ __device__ void diagonal_descent(const Segments<Capacity>& table, const State& s
   }
   __syncthreads();
   Cursor<Capacity> cursor(table);
-  visit_segments<T, T>(cursor, Order::backward, [&](const auto& at) {
+  visit_segments<T, T, kPacksAtATime / 2>(cursor, Order::backward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     if (!cursor.moves()) return;
     AveragesAt<T, W> averages_at;
@@ -62,7 +62,7 @@ ADAQN_PASS_KERNEL diagonal_step_kernel(const __grid_constant__ Segments<Capacity
   auto grid = cooperative_groups::this_grid();
   StepMemory<T> memory(shared_memory(), state.slots);
   load_control(state, memory);
-  pass1<T, T>(table, state, scaling, memory, partials);
+  flags_pass(table, scaling, memory, partials);
   grid.sync();
   collect_projections(state, scaling, averages, memory, partials);
   diagonal_descent(table, state, scaling, averages, rates, memory);

@@ -32,7 +32,9 @@ __device__ void pass2(const Segments<Capacity>& table, const State& state, const
   const T scale = T(scale_of(scaling) * memory.weights->clip);
   T* direction = static_cast<T*>(state.direction);
   const int64_t fisher_row = memory.counters[counter::next_gradient] * state.fisher.stride;
-  for (int i = threadIdx.x; i < memory.slots; i += blockDim.x) memory.factors[i] = -T(memory.a[i]);
+  for (int i = threadIdx.x; i < y.count; i += blockDim.x) {
+    memory.factors[i] = -T(memory.coefficients[i]);
+  }
   if (threadIdx.x == 0) {
     const bool scalar = !identity && !state.accumulator;
     const double gamma = scalar ? scalar_initial_matrix(state.gram, memory.ring()) : 1.0;
@@ -93,7 +95,9 @@ __device__ void pass3(const Segments<Capacity>& table, const State& state, const
   if (!memory.accepted()) return;
   const Rows<H> s = stored_rows<H>(state.s_ring, memory.ring());
   T* direction = static_cast<T*>(state.direction);
-  for (int i = threadIdx.x; i < memory.slots; i += blockDim.x) memory.factors[i] = T(memory.c[i]);
+  for (int i = threadIdx.x; i < s.count; i += blockDim.x) {
+    memory.factors[i] = T(memory.coefficients[i]);
+  }
   __syncthreads();
 
   Cursor<Capacity> cursor(table);
@@ -157,6 +161,14 @@ ADAQN_PASS_KERNEL pass1_kernel(const __grid_constant__ Segments<Capacity> table,
   pass1<T, H>(table, state, scaling, memory, partials);
 }
 
+template <class T, int Capacity>
+ADAQN_PASS_KERNEL flags_pass_kernel(const __grid_constant__ Segments<Capacity> table,
+                                    const __grid_constant__ State state, Scaling scaling,
+                                    Partials partials) {
+  StepMemory<T> memory(shared_memory(), state.slots);
+  flags_pass(table, scaling, memory, partials);
+}
+
 template <class T>
 ADAQN_PASS_KERNEL finish_pass1_kernel(const __grid_constant__ State state, Scaling scaling,
                                       Averages averages, Partials partials) {
@@ -174,7 +186,8 @@ ADAQN_PASS_KERNEL pass2_kernel(const __grid_constant__ Segments<Capacity> table,
   load_control(state, memory);
   load_projections(state, memory);
   weigh(averages, scaling.max_grad_norm, memory);
-  solve_backward(state, memory);
+  load_triangle(state, memory);
+  solve_backward(memory);
   pass2<T, H>(table, state, scaling, averages, identity, memory, partials);
 }
 
@@ -197,8 +210,9 @@ ADAQN_PASS_KERNEL pass3_kernel(const __grid_constant__ Segments<Capacity> table,
   load_control(state, memory);
   load_projections(state, memory);
   copy_words(memory.images, state.images, memory.slots);
-  solve_backward(state, memory);
-  solve_forward(state, memory);
+  load_triangle(state, memory);
+  solve_backward(memory);
+  solve_forward(memory);
   pass3<T, H>(table, state, rates, capped, memory, partials);
 }
 
@@ -236,12 +250,14 @@ ADAQN_PASS_KERNEL step_kernel(const __grid_constant__ Segments<Capacity> table,
   pass1<T, H>(table, state, scaling, memory, partials1);
   grid.sync();
   collect_projections(state, scaling, averages, memory, partials1);
-  solve_backward(state, memory);
+  load_triangle(state, memory);
+  solve_backward(memory);
   pass2<T, H>(table, state, scaling, averages, false, memory, partials2);
   grid.sync();
   if (memory.accepted()) {
     collect_images(memory, partials2);
-    solve_forward(state, memory);
+    load_triangle(state, memory);
+    solve_forward(memory);
     pass3<T, H>(table, state, rates, capped, memory, partials1);  // whose sums have been read
   }
   if (capped) {
@@ -314,8 +330,9 @@ cudaError_t direction_pass1(const Parameters& list, const State& state, const Sc
     using H = typename decltype(types)::H;
     Partials partials{queue.workspace, 0, 0};
     auto enqueue = [&](const auto& table, const TableRange&, const Shape& shape) {
-      return launch(pass1_kernel<T, H, kCapacity<decltype(table)>>, shape, queue.stream, table,
-                    state, scaling, partials);
+      constexpr int C = kCapacity<decltype(table)>;
+      const auto kernel = state.slots > 0 ? pass1_kernel<T, H, C> : flags_pass_kernel<T, C>;
+      return launch(kernel, shape, queue.stream, table, state, scaling, partials);
     };
     ADAQN_CUDA_TRY((for_each_step_launch<T, H>(list, state, partials, enqueue)));
     return launch(finish_pass1_kernel<T>, one_block<T>(state), queue.stream, state, scaling,
@@ -379,7 +396,7 @@ cudaError_t load_direction(const Kinds& kinds) {
     return for_capacities<kSmallTable, kLargeTable>([](auto capacity) {
       constexpr int C = decltype(capacity)::value;
       return load(pass1_kernel<T, H, C>, pass2_kernel<T, H, C>, pass3_kernel<T, H, C>,
-                  step_kernel<T, H, C>, capped_descent_kernel<T, C>);
+                  step_kernel<T, H, C>, capped_descent_kernel<T, C>, flags_pass_kernel<T, C>);
     });
   });
 }

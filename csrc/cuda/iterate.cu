@@ -17,13 +17,13 @@ __global__ void __launch_bounds__(kThreads<T>)
   const T* iterate_sum = static_cast<const T*>(state.iterate_sum);
   T* saved = static_cast<T*>(state.direction);
   Cursor<Capacity> cursor(table);
-  visit_segments<T, T>(cursor, Order::forward, [&](const auto& at) {
+  visit_segments<T, T, kPacksAtATime>(cursor, Order::forward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     T w[W], sum[W];
     load_param(cursor, at, w);
+    load(iterate_sum, at, sum);
     store(saved, at, w);
     if (count == 0) return;
-    load(iterate_sum, at, sum);
 #pragma unroll
     for (int j = 0; j < W; ++j) w[j] = share * (accepted ? sum[j] + w[j] : sum[j]);
     store_param(cursor, at, w);
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads<T>)
                    const __grid_constant__ State state) {
   const T* saved = static_cast<const T*>(state.direction);
   Cursor<Capacity> cursor(table);
-  visit_segments<T, T>(cursor, Order::backward, [&](const auto& at) {
+  visit_segments<T, T, kPacksAtATime>(cursor, Order::backward, [&](const auto& at) {
     T w[kPackWidth<decltype(at)>];
     load(saved, at, w);
     store_param(cursor, at, w);

@@ -224,7 +224,7 @@ ADAQN_PASS_KERNEL flags_kernel(const __grid_constant__ Segments<Capacity> table,
     copy_words(before->counters, memory.counters, counter::count);
     if (threadIdx.x == 0) before->square = *square;
   }
-  pass1<T, T>(table, state, scaling, memory, partials);
+  flags_pass(table, scaling, memory, partials);
 }
 
 template <class T, int Capacity>

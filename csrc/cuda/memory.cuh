@@ -103,32 +103,41 @@ __device__ __forceinline__ void load_vector(const U* p, U (&out)[W]) {
 
 // ------------------------------------------------------------------ packs
 
-/// W consecutive elements of the flat vector from `begin` on: all in one segment, and aligned in
-/// every flat array.
-template <int W_>
-struct Pack {
-  static constexpr int W = W_;
-  int64_t begin;
+/// N times V consecutive elements of the flat vector from `begin` on, `step` elements apart: all in
+/// one segment, and aligned in every flat array.  What is loaded of all is in flight at a time.
+template <int V, int N>
+struct Packs {
+  static constexpr int W = V * N;
+  int64_t begin, step = 0;
+
+  __device__ __forceinline__ Packs moved_to(int64_t other) const { return {other, step}; }
 };
+
+template <int W>
+using Pack = Packs<W, 1>;
 
 template <class AnyPack>
 constexpr int kPackWidth = std::decay_t<AnyPack>::W;
 
-/// Elements of a pack from the flat array p.
-template <Cache cache = Cache::keep, class T, class U, int W>
-__device__ __forceinline__ void load(const U* p, const Pack<W>& at, T (&out)[W]) {
-  U raw[W];
-  load_vector<cache>(p + at.begin, raw);
+/// Elements of packs from the flat array p.
+template <Cache cache = Cache::keep, class T, class U, int V, int N, int W>
+__device__ __forceinline__ void load(const U* p, const Packs<V, N>& at, T (&out)[W]) {
+  U raw[N][V];
 #pragma unroll
-  for (int j = 0; j < W; ++j) out[j] = convert<T>(raw[j]);
+  for (int n = 0; n < N; ++n) load_vector<cache>(p + at.begin + n * at.step, raw[n]);
+#pragma unroll
+  for (int j = 0; j < W; ++j) out[j] = convert<T>(raw[j / V][j % V]);
 }
 
-template <class T, class U, int W>
-__device__ __forceinline__ void store(U* p, const Pack<W>& at, const T (&values)[W]) {
-  Vector<U, W> raw;
+template <class T, class U, int V, int N, int W>
+__device__ __forceinline__ void store(U* p, const Packs<V, N>& at, const T (&values)[W]) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) raw.elements[j] = convert<U>(values[j]);
-  *reinterpret_cast<Vector<U, W>*>(p + at.begin) = raw;
+  for (int n = 0; n < N; ++n) {
+    Vector<U, V> raw;
+#pragma unroll
+    for (int j = 0; j < V; ++j) raw.elements[j] = convert<U>(values[n * V + j]);
+    *reinterpret_cast<Vector<U, V>*>(p + at.begin + n * at.step) = raw;
+  }
 }
 
 }  // namespace adaqn::cuda

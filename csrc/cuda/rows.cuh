@@ -34,29 +34,64 @@ __device__ __forceinline__ Rows<H> stored_rows(const Ring& ring, const PairRing&
   return {static_cast<const H*>(ring.data), ring.stride, pairs.oldest, pairs.slots, pairs.pairs};
 }
 
-/// Calls visit(i, elements) for every row, several loads ahead of the first visit.
-template <Cache cache, class H, int W, class Visitor>
-__device__ __forceinline__ void visit_rows(const Rows<H>& rows, const Pack<W>& at, Visitor visit) {
+/// Where an element of a row lies, of one row after the other: cheaper than to ask for each.
+template <class H>
+class RowAddress {
+ public:
+  __device__ __forceinline__ RowAddress(const Rows<H>& rows, int64_t element)
+      : address_(reinterpret_cast<const unsigned char*>(rows.row(0) + element)),
+        first_(reinterpret_cast<const unsigned char*>(rows.data + element)),
+        stride_(rows.stride * sizeof(H)),
+        wrap_(rows.slots - rows.oldest) {}
+
+  __device__ __forceinline__ const H* get() const { return reinterpret_cast<const H*>(address_); }
+
+  /// From row i - 1 to row i, which need not exist.
+  __device__ __forceinline__ void go_to(int i) {
+    address_ = i == wrap_ ? first_ : address_ + stride_;
+  }
+
+ private:
+  const unsigned char* address_;
+  const unsigned char* first_;  // where the ring begins
+  int64_t stride_;              // bytes
+  int wrap_;                    // the row that lies there
+};
+
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
+/// Calls visit(i, elements) for every row, several loads ahead of the first visit, and before that
+/// prepare(), which may wait for something else while the first rows are on their way.
+template <Cache cache, class H, int W, class Visitor, class Prepare = Nothing>
+__device__ __forceinline__ void visit_rows(const Rows<H>& rows, const Pack<W>& at, Visitor visit,
+                                           Prepare prepare = {}) {
+  RowAddress<H> row(rows, at.begin);
+  int i0 = 0;
 #pragma unroll 1
-  for (int i0 = 0; i0 < rows.count; i0 += kRowsInFlight) {
+  do {
     H tile[kRowsInFlight][W];
 #pragma unroll
     for (int k = 0; k < kRowsInFlight; ++k) {
-      if (i0 + k < rows.count) load_vector<cache>(rows.row(i0 + k) + at.begin, tile[k]);
+      if (i0 + k < rows.count) load_vector<cache>(row.get(), tile[k]);
+      row.go_to(i0 + k + 1);
     }
+    if (i0 == 0) prepare();
 #pragma unroll
     for (int k = 0; k < kRowsInFlight; ++k) {
       if (i0 + k < rows.count) visit(i0 + k, tile[k]);
     }
-  }
+    i0 += kRowsInFlight;
+  } while (i0 < rows.count);
 }
 
-/// x += sum_i coefficients[slot of row i] row_i
+/// x += sum_i coefficients[i] row_i
 template <Cache cache, class T, class H, int W>
 __device__ __forceinline__ void add_combination(const Rows<H>& rows, const T* coefficients,
                                                 const Pack<W>& at, T (&x)[W]) {
   visit_rows<cache>(rows, at, [&](int i, const H(&elements)[W]) {
-    const T c = coefficients[rows.slot(i)];
+    const T c = coefficients[i];
 #pragma unroll
     for (int j = 0; j < W; ++j) x[j] += c * convert<T>(elements[j]);
   });
@@ -75,16 +110,18 @@ class Sums {
   T* memory_;
 };
 
-/// sums[first + i] += row_i . x
-template <Cache cache, class T, class H, int W>
+/// sums[first + i] += row_i . x, which prepare() may bring.
+template <Cache cache, class T, class H, int W, class Prepare = Nothing>
 __device__ __forceinline__ void add_products(const Rows<H>& rows, const Pack<W>& at,
-                                             const T (&x)[W], Sums<T>& sums, int first) {
-  visit_rows<cache>(rows, at, [&](int i, const H(&elements)[W]) {
+                                             const T (&x)[W], Sums<T>& sums, int first,
+                                             Prepare prepare = {}) {
+  auto add = [&](int i, const H(&elements)[W]) {
     T product = 0;
 #pragma unroll
     for (int j = 0; j < W; ++j) product += convert<T>(elements[j]) * x[j];
     sums[first + i] += product;
-  });
+  };
+  visit_rows<cache>(rows, at, add, prepare);
 }
 
 }  // namespace adaqn::cuda

@@ -73,8 +73,11 @@ class Cursor {
   /// Whether the segment moves: a parameter without a gradient stands still.
   __device__ __forceinline__ bool moves() const { return table.grad[segment] != nullptr; }
 
-  /// Where element i of the flat vector lies in the segment.
-  __device__ __forceinline__ int64_t offset(int64_t i) const { return i - begin_; }
+  /// The packs counted from where the segment begins.
+  template <class At>
+  __device__ __forceinline__ At in_segment(const At& at) const {
+    return at.moved_to(at.begin - begin_);
+  }
 
   const Segments<Capacity>& table;
   int segment = 0;
@@ -94,65 +97,64 @@ class Cursor {
   int64_t begin_ = 0, end_ = 0;
 };
 
-/// Elements from an address that may be unaligned.
-template <class T, class U, int W>
-__device__ __forceinline__ void load_anywhere(const U* p, T (&out)[W]) {
-  if (is_aligned<U, W>(p)) {
-    load(p, Pack<W>{0}, out);
+/// Elements of packs that may be unaligned, all in the same way.
+template <class T, class U, int V, int N, int W>
+__device__ __forceinline__ void load_anywhere(const U* p, const Packs<V, N>& at, T (&out)[W]) {
+  if (is_aligned<U, V>(p + at.begin)) {
+    load(p, at, out);
   } else {
 #pragma unroll
-    for (int j = 0; j < W; ++j) out[j] = convert<T>(p[j]);
+    for (int j = 0; j < W; ++j) out[j] = convert<T>(p[at.begin + j / V * at.step + j % V]);
   }
 }
 
-template <class T, class U, int W>
-__device__ __forceinline__ void store_anywhere(U* p, const T (&values)[W]) {
-  if (is_aligned<U, W>(p)) {
-    store(p, Pack<W>{0}, values);
+template <class T, class U, int V, int N, int W>
+__device__ __forceinline__ void store_anywhere(U* p, const Packs<V, N>& at, const T (&values)[W]) {
+  if (is_aligned<U, V>(p + at.begin)) {
+    store(p, at, values);
   } else {
 #pragma unroll
-    for (int j = 0; j < W; ++j) p[j] = convert<U>(values[j]);
+    for (int j = 0; j < W; ++j) p[at.begin + j / V * at.step + j % V] = convert<U>(values[j]);
   }
 }
 
-/// Elements of a pack in the cursor's segment; zero where it has no gradient.
-template <class T, int W, int Capacity>
-__device__ __forceinline__ void load_grad(const Cursor<Capacity>& cursor, const Pack<W>& at,
-                                          T (&g)[W]) {
+/// Elements of packs in the cursor's segment; zero where it has no gradient.
+template <class T, class At, int W, int Capacity>
+__device__ __forceinline__ void load_grad(const Cursor<Capacity>& cursor, const At& at, T (&g)[W]) {
 #pragma unroll
   for (int j = 0; j < W; ++j) g[j] = 0;
   const void* grad = cursor.table.grad[cursor.segment];
   if (!grad) return;
   with_type(cursor.table.grad_type[cursor.segment], [&](auto tag) {
-    load_anywhere(static_cast<const decltype(tag)*>(grad) + cursor.offset(at.begin), g);
+    load_anywhere(static_cast<const decltype(tag)*>(grad), cursor.in_segment(at), g);
   });
 }
 
-template <class T, int W, int Capacity>
-__device__ __forceinline__ void load_param(const Cursor<Capacity>& cursor, const Pack<W>& at,
+template <class T, class At, int W, int Capacity>
+__device__ __forceinline__ void load_param(const Cursor<Capacity>& cursor, const At& at,
                                            T (&w)[W]) {
   const void* param = cursor.table.param[cursor.segment];
   with_type(cursor.table.param_type[cursor.segment], [&](auto tag) {
-    load_anywhere(static_cast<const decltype(tag)*>(param) + cursor.offset(at.begin), w);
+    load_anywhere(static_cast<const decltype(tag)*>(param), cursor.in_segment(at), w);
   });
 }
 
-template <class T, int W, int Capacity>
-__device__ __forceinline__ void store_param(const Cursor<Capacity>& cursor, const Pack<W>& at,
+template <class T, class At, int W, int Capacity>
+__device__ __forceinline__ void store_param(const Cursor<Capacity>& cursor, const At& at,
                                             const T (&w)[W]) {
   void* param = cursor.table.param[cursor.segment];
   with_type(cursor.table.param_type[cursor.segment], [&](auto tag) {
-    store_anywhere(static_cast<decltype(tag)*>(param) + cursor.offset(at.begin), w);
+    store_anywhere(static_cast<decltype(tag)*>(param), cursor.in_segment(at), w);
   });
 }
 
-/// Calls visit(pack) for packs that make up this block's slice of the table's elements, with the
-/// cursor at their segment.
-template <class T, class H, int Capacity, class Visitor>
+/// Calls visit(packs) for packs that make up this block's slice of the table's elements, N or one
+/// at a time, with the cursor at their segment.
+template <class T, class H, int N = 1, int Capacity, class Visitor>
 __device__ __forceinline__ void visit_segments(Cursor<Capacity>& cursor, Order order,
                                                Visitor visit) {
   const Segments<Capacity>& table = cursor.table;
-  visit_slice<kWidth<H>, kThreads<T>>(
+  visit_slice<kWidth<H>, N, kThreads<T>>(
       table.begin[0], table.begin[table.count], table.aligned, order,
       [&](int64_t i, int width) { return cursor.seek(i, width); }, visit);
 }

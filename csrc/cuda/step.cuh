@@ -16,6 +16,31 @@ __device__ void store_with_squares(const StepMemory<T>& memory, int count,
   store_partials<T>(memory.squares, 1, partials.from(count));
 }
 
+/// What a thread has found out about the gradient alone.
+template <class T>
+class GradientSums {
+ public:
+  template <int W>
+  __device__ __forceinline__ void add(const T (&g)[W]) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      nonfinite_ += !is_finite(g[j]);
+      nonzero_ += g[j] != 0;
+      square_ += double(g[j]) * double(g[j]);
+    }
+  }
+
+  __device__ __forceinline__ void store(Sums<T>& sums, const StepMemory<T>& memory) const {
+    sums[kNonfinite] = T(nonfinite_);
+    sums[kNonzero] = T(nonzero_);
+    memory.squares[threadIdx.x] = square_;
+  }
+
+ private:
+  unsigned nonfinite_ = 0, nonzero_ = 0;
+  double square_ = 0;
+};
+
 /// Partial sums: kCounts, s_i.g per stored pair, |g|^2.
 template <class T, class H, int Capacity>
 __device__ void pass1(const Segments<Capacity>& table, const State& state, const Scaling& scaling,
@@ -24,25 +49,36 @@ __device__ void pass1(const Segments<Capacity>& table, const State& state, const
   const T scale = T(scale_of(scaling));
   Cursor<Capacity> cursor(table);
   Sums<T> sums(memory.sums, kCounts + s.count);
-  unsigned nonfinite = 0, nonzero = 0;
-  double square = 0;
+  GradientSums<T> of_gradient;
   visit_segments<T, H>(cursor, Order::forward, [&](const auto& at) {
     constexpr int W = kPackWidth<decltype(at)>;
     if (!cursor.moves()) return;
     T g[W];
-    load_gradient(cursor, at, scale, g);
-#pragma unroll
-    for (int j = 0; j < W; ++j) {
-      nonfinite += !is_finite(g[j]);
-      nonzero += g[j] != 0;
-      square += double(g[j]) * double(g[j]);
-    }
-    add_products<Cache::keep>(s, at, g, sums, kCounts);
+    add_products<Cache::keep>(s, at, g, sums, kCounts, [&] {
+      load_gradient(cursor, at, scale, g);
+      of_gradient.add(g);
+    });
   });
-  sums[kNonfinite] = T(nonfinite);
-  sums[kNonzero] = T(nonzero);
-  memory.squares[threadIdx.x] = square;
+  of_gradient.store(sums, memory);
   store_with_squares(memory, kCounts + s.count, partials);
+}
+
+/// Pass 1 without pairs.
+template <class T, int Capacity>
+__device__ void flags_pass(const Segments<Capacity>& table, const Scaling& scaling,
+                           const StepMemory<T>& memory, const Partials& partials) {
+  const T scale = T(scale_of(scaling));
+  Cursor<Capacity> cursor(table);
+  GradientSums<T> of_gradient;
+  visit_segments<T, T, kPacksAtATime>(cursor, Order::forward, [&](const auto& at) {
+    if (!cursor.moves()) return;
+    T g[kPackWidth<decltype(at)>];
+    load_gradient(cursor, at, scale, g);
+    of_gradient.add(g);
+  });
+  Sums<T> sums(memory.sums, kCounts);
+  of_gradient.store(sums, memory);
+  store_with_squares(memory, kCounts, partials);
 }
 
 /// Flags, weights and u_i = s_i.q, from the partial sums of pass 1 and s_i.m.

@@ -90,9 +90,11 @@ __device__ __forceinline__ Rows<H> some_rows(const Rows<H>& rows, int first, int
 template <class H, int W, class Visitor>
 __device__ __forceinline__ void visit_tile(const Rows<H>& tile, const Pack<W>& at, Visitor visit) {
   H elements[kTileRows][W];
+  RowAddress<H> row(tile, at.begin);
 #pragma unroll
   for (int k = 0; k < kTileRows; ++k) {
-    if (k < tile.count) load_vector<Cache::keep>(tile.row(k) + at.begin, elements[k]);
+    if (k < tile.count) load_vector<Cache::keep>(row.get(), elements[k]);
+    row.go_to(k + 1);
   }
 #pragma unroll
   for (int k = 0; k < kTileRows; ++k) {
@@ -190,22 +192,6 @@ __device__ void visit_totals(const double* partials, int64_t rows, int64_t colum
 template <class T, class H>
 constexpr size_t kCombinationBytes = kThreads<T> * kWidth<H> * sizeof(T);
 
-/// x += sum_i coefficients[i] row_i
-template <class T, class H, int W>
-__device__ __forceinline__ void add_rows(const Rows<H>& rows, const T* coefficients,
-                                         const Pack<W>& at, T (&x)[W]) {
-#pragma unroll 1
-  for (int first = 0; first < rows.count; first += kTileRows) {
-    const int left = rows.count - first;
-    const Rows<H> tile = some_rows(rows, first, left < kTileRows ? left : kTileRows);
-    visit_tile(tile, at, [&](int k, const H(&elements)[W]) {
-      const T c = coefficients[first + k];
-#pragma unroll
-      for (int j = 0; j < W; ++j) x[j] += c * convert<T>(elements[j]);
-    });
-  }
-}
-
 /// Adds the x of the other teams to that of the first one; whether this is the first.
 template <class T, int W>
 __device__ __forceinline__ bool gather_teams(int split, T* memory, T (&x)[W]) {
@@ -241,7 +227,7 @@ __device__ void combinations(const Rows<H>& rows, const T* coefficients, int64_t
   auto make = [&](const Unit<W>& unit) {
     T x[W] = {};
     visit_packs(unit, x, [&](const auto& at, auto& part_of_x) {
-      add_rows(own, coefficients + first, at, part_of_x);
+      add_combination<Cache::keep>(own, coefficients + first, at, part_of_x);
     });
     if (gather_teams(split, memory, x)) visit_packs(unit, x, finish);
   };

@@ -16,6 +16,12 @@
 namespace py = pybind11;
 using namespace adaqn::cuda;
 
+using Values = std::vector<double>;
+
+// recursions.cpp
+std::pair<Values, Values> recursions(const Values& gram, const std::vector<int64_t>& counters,
+                                     int slots, const Values& u, const Values& z);
+
 namespace {
 
 using Row = std::tuple<uintptr_t, uintptr_t, int64_t, int32_t, int32_t, int, int>;
@@ -109,7 +115,6 @@ class Workspace {
 };
 
 using Rows = std::vector<Row>;
-using Values = std::vector<double>;
 using ScalingRow = std::tuple<uintptr_t, uintptr_t, bool, double>;
 using AveragesRow = std::tuple<double, double, double, double, bool>;
 using AveragesRows = std::vector<AveragesRow>;
@@ -219,6 +224,7 @@ PYBIND11_MODULE(adaqn_cuda_emulated, m) {
   m.def("load_search", [](int vectors, int pairs, bool kronecker) {
     load_search_kernels({Type(vectors), Type(pairs), Type(pairs)}, kronecker);
   });
+  m.def("recursions", recursions);
   m.def("direction_step",
         [](const Rows& rows, const py::dict& state, const ScalingRow& scaling,
            const AveragesRow& averages, double max_direction, const RatesRow& rates) {
