@@ -36,7 +36,7 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed
 from .sharded import call_of
-from .sharding import Shards, check_flat, check_not_divided, local
+from .sharding import Shards, check_flat, check_not_divided, is_spread, local
 from .step import Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 
@@ -590,7 +590,7 @@ class AdaQN(Optimizer):
         self._init_group()
         arena = held(self._arena)
         if arena.shards is not None:
-            self._advance_shard(grads)
+            self._advance_shard()
             return loss
         params = [real_view(p) for p in arena.params]
         if not torch.compiler.is_compiling():
@@ -662,17 +662,19 @@ class AdaQN(Optimizer):
         self._advance(params, grads, held(self._arena))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _advance_shard(self, grads: list[Tensor | None]) -> None:
+    def _advance_shard(self) -> None:
         """A step with the rows of this process, outside any graph: it has collectives."""
         arena = held(self._arena)
-        shards = held(arena.shards)
-        self._advance([real_view(shards.own(p)) for p in arena.params], grads, arena)
+        own = held(arena.shards).own
+        grads = [None if p.grad is None else own(p.grad).resolve_conj() for p in arena.params]
+        self._advance(
+            [real_view(own(p)) for p in arena.params],
+            [None if g is None else real_view(g) for g in grads],
+            arena,
+        )
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        shards = self._shards() if self._arena is None else self._arena.shards
-        if shards is not None:
-            grads = [None if g is None else shards.own(g) for g in grads]
         for index, g in enumerate(grads):
             if g is None:
                 continue
@@ -681,7 +683,7 @@ class AdaQN(Optimizer):
                     f"gradient of parameter {index}: AdaQN does not support sparse gradients "
                     f"({g.layout}); make the layer dense, e.g. nn.Embedding(sparse=False)"
                 )
-            if g.is_complex():
+            if g.is_complex() and not is_spread(g):
                 grads[index] = torch.view_as_real(g.resolve_conj())
         return grads
 
