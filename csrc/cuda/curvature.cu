@@ -211,10 +211,9 @@ __device__ __forceinline__ PairUpdate decide(const State& state, const double* m
 /// w = w_o and m = 0 after a reset;  w_o = w_n if the anchor moves;  w_sum = 0, unless nothing
 /// happens.
 template <class T, int Capacity>
-__global__ void __launch_bounds__(kThreads<T>)
-    commit_kernel(const __grid_constant__ Segments<Capacity> table,
-                  const __grid_constant__ State state, const double* monitored_loss,
-                  PairUpdateRule rule) {
+ADAQN_PASS_KERNEL commit_kernel(const __grid_constant__ Segments<Capacity> table,
+                                const __grid_constant__ State state, const double* monitored_loss,
+                                PairUpdateRule rule) {
   const PairUpdate outcome = decide(state, monitored_loss, rule);
   if (outcome == PairUpdate::none) return;
   const T share = share_of_one<T>(state.counters[counter::iterates]);

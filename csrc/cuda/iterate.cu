@@ -8,9 +8,8 @@ namespace {
 
 /// direction = w;  w = w_n, which counts the current iterate if its step is going to be accepted.
 template <class T, int Capacity>
-__global__ void __launch_bounds__(kThreads<T>)
-    swap_kernel(const __grid_constant__ Segments<Capacity> table,
-                const __grid_constant__ State state) {
+ADAQN_PASS_KERNEL swap_kernel(const __grid_constant__ Segments<Capacity> table,
+                              const __grid_constant__ State state) {
   const bool accepted = accepts_step(state);
   const int64_t count = state.counters[counter::iterates] + accepted;
   const T share = share_of_one<T>(count);
@@ -31,9 +30,8 @@ __global__ void __launch_bounds__(kThreads<T>)
 }
 
 template <class T, int Capacity>
-__global__ void __launch_bounds__(kThreads<T>)
-    restore_kernel(const __grid_constant__ Segments<Capacity> table,
-                   const __grid_constant__ State state) {
+ADAQN_PASS_KERNEL restore_kernel(const __grid_constant__ Segments<Capacity> table,
+                                 const __grid_constant__ State state) {
   const T* saved = static_cast<const T*>(state.direction);
   Cursor<Capacity> cursor(table);
   visit_segments<T, T, kPacksAtATime>(cursor, Order::backward, [&](const auto& at) {
