@@ -7,7 +7,12 @@ from typing import Any
 
 
 def by_group(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, with averages by group where there are none, as all groups have the same."""
+    """``values``, with averages by group where there are none, as all groups have the same.
+
+    What has no averages at all, as L-BFGS, is as it was.
+    """
+    if "keep" not in values:
+        return dict(values)
     numbers = {
         "betas": values.get("beta", 0.0),
         "keeps": values["keep"],
