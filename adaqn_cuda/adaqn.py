@@ -590,7 +590,7 @@ class AdaQN(Optimizer):
         self._init_group()
         arena = held(self._arena)
         if arena.shards is not None:
-            self._advance_shard()
+            self._advance_shard()  # pyright: ignore
             return loss
         params = [real_view(p) for p in arena.params]
         if not torch.compiler.is_compiling():

@@ -131,11 +131,14 @@ def in_two(folder):
     }
 
 
+#: Cases of three processes.
+OF_THREE = ("default", "pairs", "pairs on factors", "missing", "pairs, not finite")
+
+
 def in_three(folder):
     """What three processes do with the checkpoints of two."""
     return {
-        "cases": together(list(CASES)),
-        "states": with_divided_state(STATES),
+        "cases": together(OF_THREE),
         "loaded": loaded_and_trained(folder),
     }
 

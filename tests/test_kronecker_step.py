@@ -702,7 +702,7 @@ def test_failed_add_param_group_changes_nothing():
     new = random_parameters([(4, 3), (4,)])
     for blocks, error in (
         ({new[0]: 3}, ValueError),
-        ({new[1]: 2}, ValueError),
+        ({new[1]: 3}, ValueError),
         ({params[1]: 2}, ValueError),
         ({new[0]: 2.0}, TypeError),
         ({"weight": 2}, TypeError),

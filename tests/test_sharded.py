@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_processes
-from sharded_cases import CASES, alone
+from sharded_cases import alone
 from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
 from adaqn_cuda import AdaQN
@@ -54,7 +54,7 @@ def bits(words):
 def test_shards_step_as_one_process_does(runs):
     """In every case, the parameters are those of one process; the words, everywhere the same."""
     wrong = {}
-    for name in CASES:
+    for name in runs[0]["cases"]:
         expected, found = alone(name, len(runs)), [run["cases"][name] for run in runs]
         error = error_of(found[0].params, expected.params)
         alike = all(bits(f.words) == bits(found[0].words) for f in found)
@@ -64,13 +64,13 @@ def test_shards_step_as_one_process_does(runs):
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_divided_states_step_as_one_process_does(name, runs):
+def test_divided_states_step_as_one_process_does(name, of_two):
     """All processes have the same parameters, to the bit."""
-    expected = alone(name, len(runs))
-    for run in runs:
+    expected = alone(name, 2)
+    for run in of_two:
         found = run["states"][name]
         assert error_of(found.params, expected.params) < 1e-9
-        assert all(map(torch.equal, found.params, runs[0]["states"][name].params))
+        assert all(map(torch.equal, found.params, of_two[0]["states"][name].params))
         assert found.stats == expected.stats
 
 
