@@ -110,7 +110,7 @@ class ShardedCall(Call):
 
     def _monitored_loss(self) -> Tensor:
         """The mean over all processes, so that they decide alike."""
-        return self.shards.mean(super()._monitored_loss())
+        return self.shards.mean(super()._monitored_loss().clone())  # which may be the user's
 
     def _weigh(self, explicit: bool, image: Tensor | None) -> None:
         a = self.a

@@ -191,8 +191,10 @@ def on_meshes():
         model = network()
         fully_shard(model, mesh=mesh)
         optimizer = AdaQN(model.parameters(), **PAIRS, init="rmsprop")
-        optimizer.monitor = lambda: torch.tensor(float(dist.get_rank()))
+        kept = torch.tensor(float(dist.get_rank()), dtype=torch.float64)
+        optimizer.monitor = lambda kept=kept: kept
         fit(model, optimizer, batches(12), own_batch())
+        assert kept == dist.get_rank()
         outcomes[shape] = values_of(model), optimizer.stats()["monitored_loss"]
     return outcomes
 
