@@ -75,6 +75,12 @@ def hopeless_case(device: EmulatedOps) -> dict[str, Callable[[], None]]:
     return {"hopeless factors": check}
 
 
+def many_pairs_case(device: EmulatedOps) -> dict[str, Callable[[], None]]:
+    """More coefficients than a warp has lanes: threads read what others have written."""
+    name = "everything, history of 64"
+    return {name: partial(check_case, device, "direction_pass3", CASES[name], "cpu")}
+
+
 def check_strided() -> None:
     """Tensors of several blocks' elements, of every size that an element has."""
     strided = [torch.randn(30, 40, dtype=dtype).mT for dtype in (F32, F64, BF16)]
@@ -94,6 +100,7 @@ def all_cases() -> dict[str, Callable[[], None]]:
     for kind in BASES:
         cases.update(basis_cases(LITTLE_MEMORY, kind))
     cases.update(hopeless_case(FORWARD))
+    cases.update(many_pairs_case(FORWARD))
     cases["tensors that are not contiguous"] = check_strided
     for make, names in families:
         for name in names[1:]:
