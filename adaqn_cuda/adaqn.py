@@ -806,9 +806,9 @@ class AdaQN(Optimizer):
         """A line on how many of the parameters have Kronecker factors."""
         if plan is None:
             return "Factors: none\n" if self._common()["init"] == "kronecker" else ""
-        counts = [0, 0, 0]
+        counts, shards = [0, 0, 0], self._shards()
         for p, sides in zip(self._parameters(), plan.sides, strict=True):
-            counts[sides] += own_part(p, self._shards()).numel()
+            counts[sides] += own_part(p, shards).numel()
         none, one, both = (f"{100 * n / max(sum(counts), 1):.1f} %" for n in counts)
         return f"Factors: on both sides of {both} of them, on one of {one}, on none of {none}\n"
 

@@ -98,7 +98,8 @@ def _factored_sides(row: Sequence[int]) -> list[int]:
     return [side for side in (0, 1) if row[Column.LEFT + side] >= 0]
 
 
-def _factors_in(row: Sequence[int]) -> int:
+def factors_in(row: Sequence[int]) -> int:
+    """How many factors a row of the table has."""
     return sum(row[Column.ROW_PIECES + side] for side in _factored_sides(row))
 
 
@@ -150,7 +151,7 @@ class Plan:
             own = []
             for height, width in _matrices_of(shape, cut):
                 own.append([0, *_pieces_of(height, width, cut, max_vector_dim), index, turn])
-                turn += _factors_in(own[-1])
+                turn += factors_in(own[-1])
             self._matrices.append(own)
         self._lay_out([0] * len(self._matrices))
 

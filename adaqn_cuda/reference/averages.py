@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby, repeat
 from typing import Any, NamedTuple
 
@@ -85,24 +85,30 @@ def look_ahead_from_new(
     g: Tensor, momentum: Tensor | None, counters: Tensor, runs: list[Run], here: Tensor | bool
 ) -> Tensor:
     """q of :func:`look_ahead`, where ``momentum`` has g in it already; zero if not ``here``."""
-    if momentum is None:
-        return g
-    parts = []
-    for own, g_k, m in by_run(runs, g, momentum):
-        ahead, now = look_ahead(counters, own.beta)
-        parts.append(ahead * m + now * g_k)
-    return where_here(here, joined(parts))
+    return _weighed(look_ahead, g, momentum, counters, runs, here)
 
 
 def look_ahead_from_old(
     g: Tensor, momentum: Tensor | None, counters: Tensor, runs: list[Run], here: Tensor | bool
 ) -> Tensor:
     """The same, where ``momentum`` does not have g in it yet."""
+    return _weighed(old_and_new, g, momentum, counters, runs, here)
+
+
+def _weighed(
+    weights: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    g: Tensor,
+    momentum: Tensor | None,
+    counters: Tensor,
+    runs: list[Run],
+    here: Tensor | bool,
+) -> Tensor:
+    """The momentum and g, with each run's ``weights``; g alone without momentum."""
     if momentum is None:
         return g
     parts = []
     for own, g_k, m in by_run(runs, g, momentum):
-        of_m, of_g = old_and_new(counters, own.beta)
+        of_m, of_g = weights(counters, own.beta)
         parts.append(of_m * m + of_g * g_k)
     return where_here(here, joined(parts))
 

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Counter, Flag
-from ..plan import Column, pieces
+from ..plan import Column, factors_in, pieces
 from .acceptance import count_step, measure_gradient, step_is_accepted
 from .averages import (
     Averages,
@@ -244,17 +244,12 @@ def _buckets(
 ) -> tuple[Bucket, ...]:
     groups: dict[Any, list[tuple[tuple[int, ...], list[int]]]] = {}
     for row in rows:
-        own = list(range(row[Column.TURN], row[Column.TURN] + _factors_in(row)))
+        own = list(range(row[Column.TURN], row[Column.TURN] + factors_in(row)))
         if present is None or present[row[Column.PARAM]]:
             factored = (row[Column.LEFT] >= 0, row[Column.RIGHT] >= 0)
             key = (each[row[Column.PARAM]], *row[Column.ROWS : Column.LEFT], *factored)
             groups.setdefault(key, []).append((row, own))
     return tuple(_bucket(averages, members) for (averages, *_), members in groups.items())
-
-
-def _factors_in(row: tuple[int, ...]) -> int:
-    left = row[Column.ROW_PIECES] if row[Column.LEFT] >= 0 else 0
-    return left + (row[Column.COLUMN_PIECES] if row[Column.RIGHT] >= 0 else 0)
 
 
 def _bucket(averages: Averages, members: list[tuple[tuple[int, ...], list[int]]]) -> Bucket:
