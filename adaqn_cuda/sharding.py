@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, zip_longest
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-_WHOLE = "give the optimizer whole parameters, as with DistributedDataParallel"
 _BY_ROWS = "divide the rows of all parameters over one mesh dimension, as fully_shard(model) does"
 
 
@@ -121,6 +120,10 @@ class Shards:
         rows, width = self.rows(_rows_in(shape), rank), shape[1:].numel()
         return range(rows.start * width, rows.stop * width)
 
+    def ranges(self, shapes: Sequence[Size]) -> list[list[range]]:
+        """The elements of every parameter that each shard has."""
+        return [[self.elements(shape, rank) for shape in shapes] for rank in range(self.count)]
+
     def own(self, tensor: Tensor) -> Tensor:
         """What this process steps of a parameter, or of its gradient: a view."""
         return self._rows_of(tensor, self.rank) if self.whole else local(tensor)
@@ -204,14 +207,29 @@ class Shards:
         torch.distributed.all_reduce(words, group=self.mesh.get_group(self.dim))
         return words
 
+    def of_each(self, words: Tensor) -> Tensor:
+        """``words`` of every shard, one in a row: one collective."""
+        rows = words.new_empty(self.count, len(words))
+        group = self.mesh.get_group(self.dim)
+        torch.distributed.all_gather(list(rows.unbind()), words, group=group)
+        return rows
+
     def mean(self, number: Tensor) -> Tensor:
         """The mean of a number over all processes, replicas among them, in place."""
         for dim in range(self.mesh.ndim):
             torch.distributed.all_reduce(number, group=self.mesh.get_group(dim))
         return number.div_(self.mesh.size())
 
-    def check_alike(self, facts: list[str]) -> None:
-        """Raise ``RuntimeError`` in all processes unless ``facts`` are the same in all."""
+    def check_alike(self, params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` in all processes unless both are the same in all.
+
+        Those that have shards of different things would wait for each other.
+        """
+        facts = [
+            f"{len(params)} parameters",
+            *(f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in params),
+            *(f"{name}={value!r}" for name, value in options.items()),
+        ]
         theirs: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(theirs, facts, group=self.mesh.get_group(self.dim))
         for rank, found in enumerate(theirs):
@@ -221,6 +239,38 @@ class Shards:
                         f"shard 0 has {first}, and shard {rank} {own}; make the same model and "
                         "optimizer in all processes"
                     )
+
+
+class Division:
+    """How the parameters of an optimizer are divided among processes, if they are.
+
+    Args:
+        group: processes with whole parameters, of which each steps some rows; ``None`` where the
+            parameters say themselves how they are divided.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._of_state: Shards | None = None
+
+    def of(self, params: Sequence[Tensor]) -> Shards | None:
+        """How ``params`` are divided, all alike; ``None`` if they are not.
+
+        Raises:
+            RuntimeError: they are divided otherwise than by rows, or not all in the same way, or
+                though they should be whole.
+        """
+        shards = Shards.of(params)
+        if self._group is None or not params:
+            return shards
+        if shards is not None:
+            raise RuntimeError(
+                "state_sharding: the parameters are DTensors, whose state is divided as they are; "
+                "leave it out"
+            )
+        if self._of_state is None:
+            self._of_state = Shards.over(self._group, params[0].device)
+        return self._of_state
 
 
 def _rows_in(shape: Size) -> int:
@@ -240,17 +290,6 @@ def check_flat(params: list[Tensor]) -> None:
                 "parameter of FullyShardedDataParallel, with neither its rows and columns nor all "
                 "of its elements; use torch.distributed.fsdp.fully_shard, or give the optimizer "
                 "whole parameters, as with DistributedDataParallel"
-            )
-
-
-def check_whole(params: list[Tensor]) -> None:
-    """Raise ``RuntimeError`` for a parameter of which this process has but a part."""
-    check_flat(params)
-    for index, p in enumerate(params):
-        if is_spread(p):
-            raise RuntimeError(
-                f"params: parameter {index}, of shape {tuple(p.shape)}, is a DTensor (fully_shard, "
-                f"tensor parallelism), of which every process has a part; {_WHOLE}"
             )
 
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 import torch.distributed.checkpoint as dcp
 from sharded_cases import CASES, PAIRS, divided, together, with_divided_state
+from sharded_lbfgs import (
+    SEARCHES,
+    failure_in_one_process,
+    goes_on_from_one_process,
+    of_a_single_row,
+    searches,
+    searches_of_replicas,
+)
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -128,6 +136,11 @@ def in_two(folder):
         "loaded": loaded_and_trained(folder),
         "meshes": on_meshes(),
         "mistakes": mistakes(),
+        "searches": searches(SEARCHES),
+        "searches of replicas": searches_of_replicas(("strong Wolfe", "deterministic")),
+        "from one process": goes_on_from_one_process("strong Wolfe"),
+        "single row": of_a_single_row(),
+        "failure": failure_in_one_process(),
     }
 
 
@@ -140,6 +153,7 @@ def in_three(folder):
     return {
         "cases": together(OF_THREE),
         "loaded": loaded_and_trained(folder),
+        "searches": searches(("strong Wolfe", "deterministic")),
     }
 
 

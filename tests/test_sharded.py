@@ -12,6 +12,7 @@ import pytest
 import torch
 from processes import in_processes
 from sharded_cases import alone
+from sharded_lbfgs import searched_alone
 from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
 from adaqn_cuda import AdaQN
@@ -140,6 +141,52 @@ def test_words_of_replicated_shards(of_two):
         for params, loss in run["meshes"].values():
             assert error_of(params, values(model)) < 1e-9
             assert loss == 0.5
+
+
+# --------------------------------------------------------------------------- LBFGS
+
+
+def test_shards_search_as_one_process_does(runs):
+    """In every case; and they go on from what was saved to the bit, as does one process."""
+    wrong = {}
+    for name in runs[0]["searches"]:
+        expected, stats, _ = searched_alone(name, len(runs))
+        for run in runs:
+            (values, found), (again, _), between, whole = run["searches"][name]
+            error = error_of(values, expected)
+            same = all(map(torch.equal, values, again))
+            if not (error < 1e-8 and same and found == stats):
+                wrong[name] = error, same, found, stats
+        if whole is not None:
+            alone = searched_alone(name, 1, steps=1, state=whole, values=between)[0]
+            if not error_of(alone, expected) < 1e-8:
+                wrong[name, "whole"] = error_of(alone, expected)
+    assert not wrong
+
+
+def test_replicas_search_as_one_process_does(of_two):
+    for run in of_two:
+        for name, ((values, stats), (again, _)) in run["searches of replicas"].items():
+            expected, found, _ = searched_alone(name, 2)
+            assert error_of(values, expected) < 1e-8
+            assert stats == found
+            assert all(map(torch.equal, values, again))
+
+
+def test_shards_search_on_from_one_process(of_two):
+    expected, _, _ = searched_alone("strong Wolfe", 1)
+    for run in of_two:
+        assert error_of(run["from one process"][0], expected) < 1e-8
+
+
+def test_a_process_may_have_no_rows(of_two):
+    assert all(run["single row"].abs().max() < 1e-9 for run in of_two)
+
+
+def test_a_closure_that_fails_leaves_whole_parameters(of_two):
+    for run in of_two:
+        p, evaluations = run["failure"]
+        assert evaluations == 7 and p.abs().max() < 1 and torch.equal(p, of_two[0]["failure"][0])
 
 
 # --------------------------------------------------------------------------- mistakes
