@@ -22,7 +22,7 @@ from .search import Search
 from .sharding import Shards
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardedSearch(Search):
     """One call of :meth:`LBFGS.step`, on the rows that this process has.
 
@@ -111,4 +111,4 @@ class ShardedSearch(Search):
 
 def search_of(shards: Shards | None, *args: Any) -> Search:
     """A search by one process, or by one of several."""
-    return Search(*args) if shards is None else ShardedSearch(*args, shards)
+    return Search(*args) if shards is None else ShardedSearch(*args, shards=shards)
