@@ -6,6 +6,7 @@ from .lbfgs import DETERMINISTIC, LBFGS
 from .parametrized import parametrized_groups
 from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
+from .replicas import check_replicas
 from .version import __version__
 from .wrappers import unwrap
 
@@ -17,6 +18,7 @@ __all__ = [
     "SQN",
     "AdaQN",
     "__version__",
+    "check_replicas",
     "gauss_newton",
     "hessian",
     "parametrized_groups",

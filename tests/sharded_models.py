@@ -23,7 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map
 
-from adaqn_cuda import AdaQN
+from adaqn_cuda import AdaQN, check_replicas
+
+F32, BF16 = torch.float32, torch.bfloat16
 
 OPTIONS = {
     "default": {},
@@ -141,6 +143,7 @@ def in_two(folder):
         "from one process": goes_on_from_one_process("strong Wolfe"),
         "single row": of_a_single_row(),
         "failure": failure_in_one_process(),
+        "drift": drift(),
     }
 
 
@@ -192,6 +195,26 @@ def replicas():
     steps(other)
     again = [p.detach().clone() for p in model.parameters()]
     return after, again, optimizer.stats()["state_bytes"]
+
+
+def drift():
+    """What is said of equal replicas, and of such that differ in two last places."""
+    params = [nn.Parameter(torch.ones(300, 1000, dtype=dtype)) for dtype in (F32, BF16)]
+    optimizer = AdaQN(params, history_size=2, update_interval=1)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    said = [message_of(lambda: check_replicas(optimizer))]
+    last_place = dist.get_rank()
+    optimizer.state[params[1]]["s_ring"].view(torch.int32)[0, :2, 7] += (
+        torch.tensor([1, -1]) * last_place
+    )
+    said.append(message_of(lambda: check_replicas(optimizer)))
+    params[0].data.view(torch.int32)[299, 998:] += torch.tensor([1, -1]) * last_place
+    said.append(message_of(lambda: check_replicas(optimizer)))
+    other = torch.optim.SGD(params[: 1 + dist.get_rank()])
+    return [*said, message_of(lambda: check_replicas(other))]
 
 
 # --------------------------------------------------------------------------- meshes

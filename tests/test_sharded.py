@@ -143,6 +143,15 @@ def test_words_of_replicated_shards(of_two):
             assert loss == 0.5
 
 
+def test_replicas_that_drift_are_found(of_two):
+    for run in of_two:
+        equal, of_state, of_parameter, of_number = run["drift"]
+        assert equal == "none"
+        assert "state 's_ring' of parameter 1 differs between processes 0 and 1" in of_state
+        assert "optimizer: parameter 0 differs between processes 0 and 1" in of_parameter
+        assert "process 1 has 2 tensors, and process 0 1" in of_number
+
+
 # --------------------------------------------------------------------------- LBFGS
 
 
