@@ -234,11 +234,10 @@ def test_direction_is_that_of_the_dense_matrix(init, self_scaled, fused):
     assert (history.direction - expected).norm() <= 1e-8 * expected.norm()
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
-def test_preset_beats_torch_on_a_network(fused):
+def test_preset_beats_torch_on_a_network():
     start, loss = problem("network")
     theirs = Run(torch.optim.LBFGS, start, loss, line_search_fn="strong_wolfe", max_iter=300)
-    ours = Run(LBFGS, start, loss, max_iter=300, fused=fused, **DETERMINISTIC)
+    ours = Run(LBFGS, start, loss, max_iter=300, **DETERMINISTIC)
     assert min(ours.step().losses) < min(theirs.step().losses) / 5
 
 
