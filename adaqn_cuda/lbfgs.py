@@ -225,7 +225,9 @@ class LBFGS(Optimizer):
         values = locals()
         defaults = {name: values[name] for name in CHECKS}
         _validate(defaults)
-        check_not_divided("L-BFGS has one direction for all of them; use LBFGS by itself")
+        check_not_divided(
+            "L-BFGS has one direction for all of them; use LBFGS by itself, with state_sharding"
+        )
         if max_eval is None:
             least = max_iter + ARMIJO_MORE if line_search_fn == "armijo" else 0
             defaults["max_eval"] = max(max_iter * 5 // 4, least)
