@@ -11,6 +11,7 @@ from torch import Tensor
 from .arena import ring
 from .layout import Counter, Flag, Word, state_dtype
 from .plan import Plan
+from .watch import check_numbers
 
 #: Rows that the rings begin with, and what they grow by.
 FIRST_ROWS, GROWTH = 16, 2.0
@@ -40,6 +41,7 @@ class History:
         plan: Plan | None,
         history_dtype: torch.dtype | None,
     ) -> None:
+        self.shapes = [p.shape for p in params]
         self.size = sum(p.numel() for p in params)
         self.device = params[0].device
         self.dtype = state_dtype(params)
@@ -193,6 +195,7 @@ class History:
                 f"state_dict: expected {name!r} of shape {tuple(buffer.shape)}, got {found}; load "
                 "a state_dict of LBFGS with the same options, for parameters of the same shapes"
             )
+        check_numbers(name, value, buffer)
 
     def _measure_pairs(self) -> None:
         """Products of pairs that came without them; none of them scales the others."""
