@@ -4,6 +4,7 @@ from .adaqn import AdaQN
 from .blocks import rnn_blocks
 from .lbfgs import DETERMINISTIC, LBFGS
 from .parametrized import parametrized_groups
+from .plain import flatten_state_dict, unflatten_state_dict
 from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
 from .replicas import check_replicas
@@ -19,9 +20,11 @@ __all__ = [
     "AdaQN",
     "__version__",
     "check_replicas",
+    "flatten_state_dict",
     "gauss_newton",
     "hessian",
     "parametrized_groups",
     "rnn_blocks",
+    "unflatten_state_dict",
     "unwrap",
 ]

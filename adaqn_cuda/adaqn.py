@@ -34,7 +34,7 @@ from .options import (
 )
 from .plan import Cut, Plan
 from .precision import full_precision
-from .saved import check_mapping, check_state_dict, completed
+from .saved import check_mapping, check_state_dict, completed, with_names
 from .sharded import call_of
 from .sharding import Division, Shards, check_flat, check_not_divided, is_spread, local
 from .step import Hooks, Monitor, Settings, is_hookless
@@ -442,6 +442,7 @@ class AdaQN(Optimizer):
     def _bind(self, arena: Arena | None, calls: int) -> None:
         """Make ``arena``, after ``calls`` steps, the state; file its views under the parameters."""
         self._arena, self._calls, self._halfway = arena, calls, False
+        self._watch = None  # it has the tensors of the state before
         for p in [key for key in self.state if isinstance(key, Tensor)]:  # gone ones, too
             del self.state[p]
         if arena is not None:
@@ -793,6 +794,9 @@ class AdaQN(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer; see :meth:`torch.optim.Optimizer.state_dict`.
 
+        Beside tensors there are numbers, texts, ``None``, and lists of them; dtypes by their names.
+        Tensors are parts of larger ones; see :func:`adaqn_cuda.flatten_state_dict`.
+
         Raises:
             RuntimeError: the last step failed halfway.
             ValueError: parameters were replaced, and the state does not fit the new ones.
@@ -800,7 +804,7 @@ class AdaQN(Optimizer):
         self._check_whole()
         self._settle()
         self._uncount_blank_call()
-        return super().state_dict()
+        return with_names(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the optimizer state; training continues bit for bit as if it had not stopped.

@@ -12,6 +12,7 @@ from torch import Size, Tensor
 from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 from .plan import Plan
 from .sharding import Shards, local, whole
+from .watch import check_numbers
 
 #: Buffers with one entry per scalar parameter; the rings have one row of them per slot.
 VECTORS = (
@@ -343,6 +344,7 @@ class Arena(Buffers):
                         f"state of parameter {index}: expected {name!r} of shape "
                         f"{tuple(tensor.shape)}, got {shape}; {remedy}"
                     )
+                check_numbers(name, found, tensor)
             if "factors" in theirs and "factors" not in mine:
                 raise ValueError(
                     f"state of parameter {index}: expected no 'factors', got some; {OTHER_FACTORS}"

@@ -13,6 +13,7 @@ from .filing import Filing, check_shape
 from .layout import Counter, Flag, Word, state_dtype
 from .plan import Plan
 from .sharding import Shards
+from .watch import check_numbers
 
 #: Rows that the rings begin with, and what they grow by.
 FIRST_ROWS, GROWTH = 16, 2.0
@@ -45,11 +46,12 @@ class History:
         shards: Shards | None = None,
     ) -> None:
         own = [own_part(p, shards) for p in params]
+        self.shapes = [real_shape(p) for p in params]
         self.size = sum(p.numel() for p in own)
         self.device = params[0].device
         self.dtype = state_dtype(own)
         self.shards = shards
-        self.filing = Filing([real_shape(p) for p in params], plan, shards)
+        self.filing = Filing(self.shapes, plan, shards)
         self.history_size = history_size
         self.table = None if plan is None else plan.table
         self.direction, self.gradient, self.trial, self.origin, self.residual = (
@@ -181,8 +183,8 @@ class History:
         oldest = int(self.counters[Counter.OLDEST_PAIR])
         for age, (s, y) in enumerate(zip(s_rows, y_rows, strict=True)):
             slot = (oldest + age) % self.slots
-            check_shape("old_stps", s, self.s_ring[slot].shape)
-            check_shape("old_dirs", y, self.y_ring[slot].shape)
+            self._check("old_stps", s, self.s_ring[slot])
+            self._check("old_dirs", y, self.y_ring[slot])
             self.s_ring[slot], self.y_ring[slot] = s, y
         if not own:
             self._measure_pairs()
@@ -198,8 +200,13 @@ class History:
 
     def _fill(self, name: str, value: Any) -> None:
         buffer = getattr(self, name)
-        check_shape(name, value, buffer.shape)
+        self._check(name, value, buffer)
         buffer.copy_(value)
+
+    @staticmethod
+    def _check(name: str, value: Any, buffer: Tensor) -> None:
+        check_shape(name, value, buffer.shape)
+        check_numbers(name, value, buffer)
 
     def _measure_pairs(self) -> None:
         """Products of pairs that came without them; none of them scales the others."""

@@ -18,11 +18,11 @@ from .layout import Counter, Stop, Word
 from .options import choice, count, flag, number, optional, ring_dtype
 from .plan import Cut, Plan
 from .precision import full_precision
-from .saved import check_mapping
+from .saved import check_mapping, with_dtypes, with_names
 from .search import Search, turns_of_factors
 from .sharded_search import search_of
 from .sharding import Division, Shards, check_flat, check_not_divided
-from .watch import check_device, check_dtypes, check_memory
+from .watch import Watch, check_device, check_dtypes, check_memory, differ
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,6 +41,8 @@ DETERMINISTIC: dict[str, Any] = {
 
 #: Reasons after which the next step may end at once.
 ENDS = (Stop.GRADIENT, Stop.STEP, Stop.LOSS, Stop.SLOPE, Stop.SEARCH, Stop.NONFINITE)
+#: What the entry of the first parameter always has.
+COUNTS = ("func_evals", "n_iter")
 #: Evaluations that a step by Armijo's rule has beyond its iterations, at least.
 ARMIJO_MORE = 10
 INITS = ("scalar", "kronecker", "rmsprop")
@@ -240,6 +242,7 @@ class LBFGS(Optimizer):
     def _prepare(self) -> None:
         """What is neither option nor state."""
         self._history: History | None = None
+        self._watch: Watch | None = None
         self._stopped = Stop.NOT
         self._uncounted = False
         self._captured = False
@@ -321,12 +324,89 @@ class LBFGS(Optimizer):
 
     def _bind(self, history: History) -> None:
         self._history = history
+        self._counts()  # an entry without them is one that was emptied
+        self._note_filed()
         ops.load_kernels(
             history.device, self.param_groups[0]["fused"], vectors=history.dtype,
             pairs=history.pair_dtype, fisher=history.dtype, search=True,
             kronecker=history.table is not None,
         )  # fmt: skip
         self._fixed = {name: self.param_groups[0][name] for name in STRUCTURAL}
+
+    # ------------------------------------------------------------------ what is filed, or replaced
+
+    # The state is filed only from when it was asked for until the next step, which would make it
+    # stale.
+
+    def _file(self) -> None:
+        self._settle()
+        self._count()
+        if self._history is not None:
+            self._file_entries(self._history)
+            self._note_filed()
+
+    def _file_entries(self, history: History) -> None:
+        for p, entry in zip(self._parameters(), history.entries(), strict=True):
+            if entry:
+                self.state[p].update(entry)
+
+    def _take_back(self) -> None:
+        """File the counts alone; a state_dict that was made of the entries keeps what it has."""
+        first, *others = self._parameters()
+        entry = self._entries()[0]
+        if "d" in entry:
+            self.state[first] = {name: entry[name] for name in COUNTS}
+            for p in others:
+                self.state.pop(p, None)
+            self._note_filed()
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What is filed under each parameter."""
+        return [self.state.get(p, {}) for p in self._parameters()]
+
+    def _note_filed(self) -> None:
+        self._watch = Watch(self._parameters(), list(map(_tensors, self._entries())))
+
+    def _sees_change(self) -> bool:
+        """Whether parameters, their layout or what is filed were replaced since they were noted."""
+        params = self._parameters()
+        filed = map(_tensors, self._entries())
+        return held(self._watch).sees_change(params, dict(zip(params, filed, strict=True)))
+
+    def _settle(self) -> None:
+        """Go on from what is filed, where that was replaced, for the parameters as they are.
+
+        Raises:
+            RuntimeError: other parameters are there than when the state was made.
+            ValueError: they have other shapes, or what is filed does not fit them.
+        """
+        if self._history is None:
+            return
+        if not any(self.state.values()):  # emptied, it begins anew, as torch's does
+            self._prepare()
+        elif self._sees_change():
+            self._check_shapes(self._history.shapes)
+            entries = self._entries()
+            is_filed = "d" in entries[0]
+            found = entries if is_filed else self._history.entries()
+            history = self._restored(found, self._options())
+            if is_filed:
+                self._file_entries(history)
+            self._bind(history)
+
+    def _check_shapes(self, shapes: list[torch.Size]) -> None:
+        params = self._parameters()
+        if differ(params, held(self._watch).params):
+            raise RuntimeError(
+                "params: some were put in, taken out or replaced after the first step; make a new "
+                "optimizer"
+            )
+        for index, (p, shape) in enumerate(zip(params, shapes, strict=True)):
+            if real_shape(p) != shape:
+                raise ValueError(
+                    f"params: parameter {index} was of shape {tuple(shape)} when the state was "
+                    f"made, and is of {tuple(real_shape(p))} now; make a new optimizer"
+                )
 
     # ------------------------------------------------------------------ the step
 
@@ -362,8 +442,10 @@ class LBFGS(Optimizer):
             self._check_capture(options)
             self._captured = True
         else:
+            self._settle()
             self._count()
         history = self._allocated(options)
+        self._take_back()
         counts = self._counts()
         backend = ops.select_backend(history.device, options["fused"])
         with full_precision(history.device), uninterrupted() as hold:
@@ -395,8 +477,8 @@ class LBFGS(Optimizer):
     def _counts(self) -> dict[str, Any]:
         """Where torch has its counts."""
         state: dict[str, Any] = self.state[self._parameters()[0]]
-        state.setdefault("func_evals", 0)
-        state.setdefault("n_iter", 0)
+        for name in COUNTS:
+            state.setdefault(name, 0)
         return state
 
     def _count(self, words: list[float] | None = None) -> None:
@@ -432,7 +514,9 @@ class LBFGS(Optimizer):
                 "reserve: a CUDA graph would allocate the memory at every replay; call it before "
                 "the capture"
             )
-        history = self._allocated(self._options())
+        options = self._options()
+        self._settle()
+        history = self._allocated(options)
         history.reserve(history.history_size)
 
     def _allocated(self, options: Mapping[str, Any]) -> History:
@@ -455,6 +539,11 @@ class LBFGS(Optimizer):
             raise RuntimeError(
                 f"history_size: the memory of {options['history_size']} pairs would be allocated "
                 "in the CUDA graph; call step(closure) and reserve() before the capture"
+            )
+        if self._sees_change():
+            raise RuntimeError(
+                "params: parameters or their state were replaced since the last step; call "
+                "step(closure) before the capture"
             )
         turns = turns_of_factors(options["factor_interval"])
         if history.has_factors() and options["max_eval"] % turns:
@@ -503,17 +592,7 @@ class LBFGS(Optimizer):
         can load it, and more.
         """
         self._file()
-        return super().state_dict()
-
-    def _file(self) -> None:
-        self._count()
-        if self._history is not None:
-            self._file_entries(self._history)
-
-    def _file_entries(self, history: History) -> None:
-        for p, entry in zip(self._parameters(), history.entries(), strict=True):
-            if entry:
-                self.state[p].update(entry)
+        return with_names(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the optimizer state, also one of :class:`torch.optim.LBFGS`.
@@ -552,7 +631,7 @@ class LBFGS(Optimizer):
                 f"{sorted(map(str, state_dict))}; pass what LBFGS.state_dict() returned"
             )
         own = {name: self.param_groups[0][name] for name in CHECKS}
-        full = [{**own, **group} for group in groups]
+        full = [{**own, **with_dtypes(group)} for group in groups]
         for group in full:
             _validate(group)
         return {**state_dict, "param_groups": full}
@@ -588,19 +667,30 @@ class LBFGS(Optimizer):
         super().__setstate__(state)
         if "_division" not in self.__dict__:  # unpickled or copied
             self._division = Division()
-        entries = [self.state.get(p, {}) for p in self._parameters()]
+        entries = self._entries()
         incoming = self.__dict__.get("_incoming")
         if incoming is None and "d" in entries[0]:
             incoming = self._restored(entries, self.param_groups[0])
         self._prepare()
         if incoming is not None:
-            self._bind(incoming)
             self._file_entries(incoming)
+            self._bind(incoming)
 
 
 def _validate(options: Mapping[str, Any]) -> None:
     for name, check in CHECKS.items():
         check(name, options[name])
+
+
+def _tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of an entry, with the rows of its lists."""
+    rows = {
+        f"{name} {index}": row
+        for name, value in entry.items()
+        if isinstance(value, list)
+        for index, row in enumerate(value)
+    }
+    return {name: value for name, value in {**entry, **rows}.items() if isinstance(value, Tensor)}
 
 
 def _same(one: Any, other: Any) -> bool:

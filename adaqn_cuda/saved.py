@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .blocks import as_blocks
 from .options import CHECKS
 
@@ -12,6 +14,24 @@ from .options import CHECKS
 _OWN = ("history_size", "update_interval", "init", "fisher_size")
 #: What all optimizers' groups hold.
 _COMMON = ("params", "lr", "weight_decay", "maximize", "foreach", "capturable", "differentiable")
+
+#: Options that are dtypes, of which a state_dict has the names: text, as all else beside tensors.
+_DTYPES = ("history_dtype", "fisher_dtype")
+
+
+def with_names(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict as torch has made it, with dtypes among the options by their names."""
+    for group in state_dict.get("param_groups", ()):
+        for name in _DTYPES:
+            if isinstance(group.get(name), torch.dtype):
+                group[name] = str(group[name]).removeprefix("torch.")
+    return state_dict
+
+
+def with_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group, with the dtypes that :func:`with_names` has named."""
+    dtypes = {name: torch.bfloat16 for name in _DTYPES if group.get(name) == "bfloat16"}
+    return {**group, **dtypes}
 
 
 def check_mapping(state_dict: Any) -> None:
@@ -53,7 +73,7 @@ def completed(
     full = []
     for saved, mine in zip(found, own, strict=False):
         kept = {name: value for name, value in mine.items() if name in CHECKS}
-        full.append({**defaults, **kept, **saved, "blocks": _blocks(saved, mine)})
+        full.append({**defaults, **kept, **with_dtypes(saved), "blocks": _blocks(saved, mine)})
     return {**state_dict, "param_groups": full}
 
 

@@ -58,6 +58,20 @@ def differ(ours: list[Any], theirs: list[Any]) -> bool:
     return len(ours) != len(theirs) or any(map(is_not, ours, theirs))
 
 
+def check_numbers(name: str, found: Tensor, mine: Tensor) -> None:
+    """Raise ``ValueError`` where a tensor that was filed does not say what it did any more."""
+    if found.is_meta and not mine.is_meta:
+        raise ValueError(
+            f"state: {name!r} is on the meta device, which holds no numbers; put the tensor back "
+            "that was there"
+        )
+    if not mine.is_floating_point() and found.is_floating_point() and found.element_size() < 4:
+        raise ValueError(
+            f"state: {name!r} counts, and {found.dtype} rounds it; change the dtype of "
+            "floating-point tensors alone"
+        )
+
+
 def check_memory(params: list[Tensor]) -> None:
     """Raise ``RuntimeError`` for elements of the parameters that share one place in memory."""
     in_storage: dict[int, list[int]] = {}

@@ -3,7 +3,8 @@
     python tests/doc_blocks.py [page ...]
 
 The blocks of a page share a namespace, which begins with what examples take for granted: a small
-model, its loss and data.  CUDA graphs have stand-ins that call what would be captured.
+model, its loss and data.  CUDA graphs have stand-ins that call what would be captured.  Blocks that
+import one of OPTIONAL are left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import textwrap
 import traceback
 import warnings
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,8 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Packages that no test needs.
+OPTIONAL = ("safetensors",)
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
@@ -33,6 +37,12 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     text = page.read_text()
     found = BLOCK.finditer(text)
     return [(text[: m.start(2)].count("\n"), textwrap.dedent(m[2])) for m in found]
+
+
+def lacking(code: str) -> list[str]:
+    """Packages that are optional, imported, and not there."""
+    imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+    return [name for name in imported if name in OPTIONAL and find_spec(name) is None]
 
 
 def taken_for_granted() -> dict[str, Any]:
@@ -72,7 +82,7 @@ def pretend_to_be_launched() -> None:
 def run(page: Path) -> int:
     """How many blocks ran; raises what one raises, with the page's own line in the traceback."""
     namespace = taken_for_granted()
-    found = blocks(page)
+    found = [(line, code) for line, code in blocks(page) if not lacking(code)]
     for line, code in found:
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
     return len(found)

@@ -81,11 +81,12 @@ def test_links_lead_somewhere(page):
 # ------------------------------------------------------------------------------ code
 
 
-def test_every_block_of_code_runs():
+def test_every_block_of_code_runs(tmp_path):
+    """In a folder of its own, as some write files."""
     assert sum(len(blocks(page)) for page in PAGES) > 15
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "doc_blocks.py"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
