@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_processes
-from sharded_cases import alone
+from sharded_cases import CASES, alone, together
 from sharded_lbfgs import searched_alone
 from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
@@ -52,16 +52,27 @@ def bits(words):
     return {name: word.view(torch.int64).tolist() for name, word in words.items()}
 
 
-def test_shards_step_as_one_process_does(runs):
+def check_cases(runs, device):
     """In every case, the parameters are those of one process; the words, everywhere the same."""
     wrong = {}
-    for name in runs[0]["cases"]:
-        expected, found = alone(name, len(runs)), [run["cases"][name] for run in runs]
+    for name in runs[0]:
+        expected, found = alone(name, len(runs), device), [run[name] for run in runs]
         error = error_of(found[0].params, expected.params)
         alike = all(bits(f.words) == bits(found[0].words) for f in found)
         if not (error < 1e-9 and alike and found[0].stats == expected.stats):
             wrong[name] = error, alike, found[0].stats, expected.stats
     assert not wrong
+
+
+def test_shards_step_as_one_process_does(runs):
+    check_cases([run["cases"] for run in runs], "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_shards_on_one_gpu_step_as_one_process_does(tmp_path):
+    """What they tell each other goes by gloo, as NCCL wants a GPU for every process."""
+    check_cases(in_processes(2, together, tmp_path, list(CASES), "cuda"), "cuda")
 
 
 @pytest.mark.parametrize("name", STATES)
