@@ -28,7 +28,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Packages that no test needs.
-OPTIONAL = ("safetensors",)
+OPTIONAL = ("safetensors", "skorch", "timm", "transformers")
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
