@@ -36,7 +36,15 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed, with_names
 from .sharded import call_of
-from .sharding import Division, Shards, check_flat, check_not_divided, is_spread, local
+from .sharding import (
+    Division,
+    Shards,
+    check_flat,
+    check_not_copied,
+    check_not_divided,
+    is_spread,
+    local,
+)
 from .step import Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 
@@ -877,6 +885,8 @@ class AdaQN(Optimizer):
             self._prepare()
             self._arena = None
             self._hooks = Hooks(None, None, None)
+            params = self._parameters()
+            check_not_copied(params, [self.state.get(p, {}) for p in params])
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
         for name in (*GROUPED, *AVERAGED):  # groups that are added take what is loaded, too

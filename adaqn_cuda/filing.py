@@ -10,7 +10,7 @@ from torch import Size, Tensor
 
 from .arena import FACTORED
 from .plan import Plan
-from .sharding import Shards, is_spread, whole
+from .sharding import Shards, whole
 
 #: Flat vectors, and lists of them.
 VECTORS = ("d", "prev_flat_grad", "accumulator")
@@ -55,7 +55,7 @@ class Filing:
             for entry, span in zip(found, self._spans, strict=True):
                 rows = (span.stop - span.start) * self._shards.count
                 entry.update({name: self._shards.of_all(flat[span], rows, 0)} if rows else {})
-        found[0].update(shared)
+        found[0].update(shared, by_parameter=True)
         return found
 
     def _parts(self, value: Any) -> Iterable[Any]:
@@ -81,7 +81,7 @@ class Filing:
             ValueError: a vector does not fit the parameters.
         """
         first = dict(entries[0])
-        by_parameter = is_spread(first["d"]) or any("d" in entry for entry in entries[1:])
+        by_parameter = first.get("by_parameter", False)
         if not by_parameter and self._shards is None:
             return first
         for name in [name for name in VECTORS if name in first]:
@@ -104,7 +104,9 @@ class Filing:
         if isinstance(value, Tensor):
             sizes = [shape.numel() for shape in self._shapes]
             check_shape(name, value, (sum(sizes),))
-            value = map(Tensor.view, value.split(sizes), self._shapes)
+            value = list(map(Tensor.view, value.split(sizes), self._shapes))
+        for part, shape in zip(value, self._shapes, strict=True):
+            check_shape(name, part, shape)
         return torch.cat([self._own_part(part).reshape(-1) for part in value])
 
     def _own_part(self, part: Tensor) -> Tensor:

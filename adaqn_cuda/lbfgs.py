@@ -21,7 +21,7 @@ from .precision import full_precision
 from .saved import check_mapping, with_dtypes, with_names
 from .search import Search, turns_of_factors
 from .sharded_search import search_of
-from .sharding import Division, Shards, check_flat, check_not_divided
+from .sharding import Division, Shards, check_flat, check_not_copied, check_not_divided
 from .watch import Watch, check_device, check_dtypes, check_memory, differ
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class LBFGS(Optimizer):
     spans all parameters is added up, and all decide alike. A step is that of one process, with
     ``"kronecker"`` of one whose matrices are cut where the rows of a process end.
     :meth:`state_dict` has, for every parameter, the part of its vectors that is here, as
-    ``DTensor``; it loads in any number of processes, with ``"kronecker"`` in as many.
+    ``DTensor``; it loads in as many processes, or made whole in any number, but for
+    ``"kronecker"``.
 
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups,
@@ -346,9 +347,15 @@ class LBFGS(Optimizer):
             self._note_filed()
 
     def _file_entries(self, history: History) -> None:
-        for p, entry in zip(self._parameters(), history.entries(), strict=True):
+        counts = {name: self._counts()[name] for name in COUNTS}
+        entries = history.entries()
+        for p, entry in zip(
+            self._parameters(), [{**counts, **entries[0]}, *entries[1:]], strict=True
+        ):
             if entry:
-                self.state[p].update(entry)
+                self.state[p] = entry
+            else:
+                self.state.pop(p, None)
 
     def _take_back(self) -> None:
         """File the counts alone; a state_dict that was made of the entries keeps what it has."""
@@ -431,6 +438,9 @@ class LBFGS(Optimizer):
         If the closure raises, the parameters are where the last iteration ended; with
         ``state_sharding``, when the next step begins.
         """
+        if closure is None and self._is_blank_call():
+            self._allocated(self._options())
+            return None
         if not callable(closure):
             raise RuntimeError(
                 f"closure: expected a function that evaluates loss and gradient, got {closure!r}; "
@@ -459,6 +469,13 @@ class LBFGS(Optimizer):
                 search.give_up()
                 raise
         return search.returned
+
+    def _is_blank_call(self) -> bool:
+        """A first call at lr 0 without a closure.
+
+        It is how torch.distributed.checkpoint makes an optimizer allocate its state.
+        """
+        return self._history is None and all(group["lr"] == 0 for group in self.param_groups)
 
     def _run(self, search: Search) -> None:
         if search.is_armijo:
@@ -523,7 +540,8 @@ class LBFGS(Optimizer):
         if self._history is None:
             shards = self._shards()
             if shards is not None:
-                shards.check_alike(self._parameters(), {name: options[name] for name in CHECKS})
+                alike = {name: options[name] for name in CHECKS}
+                shards.check_alike(self._parameters(), {**alike, "lr": float(options["lr"])})
             self._bind(self._new_history(options))
         return held(self._history)
 
@@ -589,7 +607,7 @@ class LBFGS(Optimizer):
         """Return the state of the optimizer; see :meth:`torch.optim.Optimizer.state_dict`.
 
         It is filed under the first parameter with the names of :class:`torch.optim.LBFGS`, which
-        can load it, and more.
+        can load it, and more. Of divided parameters, each has its part of the vectors.
         """
         self._file()
         return with_names(super().state_dict())
@@ -665,9 +683,10 @@ class LBFGS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        entries = self._entries()
         if "_division" not in self.__dict__:  # unpickled or copied
             self._division = Division()
-        entries = self._entries()
+            check_not_copied(self._parameters(), entries)
         incoming = self.__dict__.get("_incoming")
         if incoming is None and "d" in entries[0]:
             incoming = self._restored(entries, self.param_groups[0])

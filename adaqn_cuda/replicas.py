@@ -14,8 +14,10 @@ from .sharding import is_spread
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Elements that are weighed at a time, and what the digest of those before is multiplied with.
-CHUNK, FACTOR = 1 << 18, 6364136223846793005
+#: Elements that are taken at a time.
+CHUNK = 1 << 18
+#: Odd numbers that spread bits over a word, as integers with a sign.
+MIX, PLACE = 6364136223846793005, -7046029254386353131
 #: Integers of the sizes that elements have.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,8 +27,8 @@ def check_replicas(optimizer: Optimizer, group: ProcessGroup | None = None) -> N
 
     Replicas of ``DistributedDataParallel`` take the same steps from the same gradients, but nothing
     keeps them together where processors or numbers of threads differ, or a monitor sees other data.
-    This reads all parameters and state once, and exchanges a few bytes for each tensor: call it now
-    and then, or after every step to find the first one that differs. It is a collective, and waits
+    This reads all parameters and state, and exchanges a few bytes for each tensor: call it now and
+    then, or after every step to find the first one that differs. It is a collective, and waits
     for the device. State that is divided among the processes is left out.
 
     Args:
@@ -34,8 +36,7 @@ def check_replicas(optimizer: Optimizer, group: ProcessGroup | None = None) -> N
         group (ProcessGroup, optional): the replicas (default: all processes).
 
     Raises:
-        RuntimeError: a tensor differs, which the message names; or processes have other numbers of
-            tensors.
+        RuntimeError: a tensor or number differs, which the message names; or processes have others.
 
     Example:
         >>> for step, batch in enumerate(batches):
@@ -43,17 +44,18 @@ def check_replicas(optimizer: Optimizer, group: ProcessGroup | None = None) -> N
         ...     if step % 100 == 0:
         ...         check_replicas(optimizer)
     """
-    named = list(_tensors(optimizer))
+    named = list(_values(optimizer))
     names = [name for name, _ in named]
-    digests = [digest.item() for digest in [_digest(tensor) for _, tensor in named]]
+    found = [_digest(value) if isinstance(value, Tensor) else value for _, value in named]
+    digests = [value.item() if isinstance(value, Tensor) else value for value in found]
     theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(theirs, (names, digests), group=group)
     names, first = theirs[0]
     for rank, (own, found) in enumerate(theirs):
         if own != names:
             raise RuntimeError(
-                f"optimizer: process {rank} has {len(own)} tensors, and process 0 {len(names)}, or "
-                "of other names; make the same model and optimizer in all processes"
+                f"optimizer: process {rank} has {len(own)} tensors and numbers, and process 0 "
+                f"{len(names)}, or others; make the same model and optimizer in all processes"
             )
         for name, one, other in zip(names, first, found, strict=True):
             if one != other:
@@ -64,15 +66,15 @@ def check_replicas(optimizer: Optimizer, group: ProcessGroup | None = None) -> N
                 )
 
 
-def _tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """All of them that are whole, by name."""
+def _values(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    """Parameters, and tensors and numbers of the state, by name: what is whole of them."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(params):
-        if not is_spread(p):
-            yield f"parameter {index}", p.detach()
-        for key, value in optimizer.state.get(p, {}).items():
+        yield f"parameter {index}", p.detach()
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
             for part in value if isinstance(value, list) else [value]:
-                if isinstance(part, Tensor) and not is_spread(part):
+                if not is_spread(part):
                     yield f"state {key!r} of parameter {index}", part
 
 
@@ -80,8 +82,10 @@ def _digest(tensor: Tensor) -> Tensor:
     """A number in which all bits of a tensor have a share, each by its place."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = real.reshape(-1).view(_INTEGERS[real.itemsize])
-    places = 2 * torch.arange(min(CHUNK, len(flat)), device=flat.device) + 1
+    places = PLACE * torch.arange(min(CHUNK, len(flat)), device=flat.device)
     digest = places.new_zeros(())
     for chunk in flat.split(CHUNK):
-        digest = digest * FACTOR + (chunk * places[: len(chunk)]).sum()
+        mixed = (chunk ^ places[: len(chunk)]) * MIX
+        mixed = (mixed ^ (mixed >> 29)) * MIX
+        digest = digest * MIX + (mixed ^ (mixed >> 32)).sum()
     return digest

@@ -5,7 +5,8 @@ products of a new pair and of the gradient with all pairs, y_i.r, and y.K y and 
 direction.  Every process sums over its own rows, in float64, and decides from what all of them have
 come to; so all take the same steps.  The loss is the mean of what the closures return.
 
-That is two collectives per evaluation, and three for a new direction, or four where K is a matrix.
+That is two collectives per evaluation, and three for a new direction, or four where K is a matrix;
+the loss takes one for every dimension of the mesh.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from . import reference
 from .layout import Flag, Turn, Word
 from .search import Search
 from .sharding import Shards
+from .wolfe import NOISE
 
 
 @dataclass(kw_only=True)
@@ -41,6 +43,7 @@ class ShardedSearch(Search):
 
     def _measure(self, gradient: Tensor) -> None:
         super()._measure(gradient)
+        self.noise = NOISE * torch.finfo(self.h.dtype).eps  # whatever the loss is here
         words = self.h.words
         self.shards.mean(words[Word.TRIAL_LOSS])
         of_each = self.shards.of_each(words[Word.TRIAL_SLOPE : Word.LOSS])
@@ -52,7 +55,7 @@ class ShardedSearch(Search):
         self.shards.spread(self.owners)
 
     def give_up(self) -> None:
-        """Without the others, who may not have failed."""
+        """Without sending the rows: the others may not have failed."""
         if self.moved:
             super()._move(0.0)
 
@@ -65,7 +68,7 @@ class ShardedSearch(Search):
             trial, h.direction, h.gradient, h.s_ring, h.y_ring, h.counters, h.words
         )
         sums = reference.candidate_sums(s, y, h.gradient)
-        curvature = sums[reference.Sum.CURVATURE]
+        curvature = sums[reference.Sum.S_Y]
         curvature.copy_(torch.where(finite, curvature, torch.nan))
         column, u = self._products(h.s_ring, y), self._products(h.s_ring, -h.gradient)
         column, u, sums = self._totals(column, u, sums)
@@ -96,10 +99,11 @@ class ShardedSearch(Search):
         self._residual(True)
         if h.table is not None:
             self._apply(h.residual)
-        h.images[:-1] = self.shards.total(self._products(h.y_ring, h.residual))
+        if h.history_size:
+            h.images[:-1] = self.shards.total(self._products(h.y_ring, h.residual))
 
     def _combine(self) -> None:
-        """Slope and largest element of p are those of before where the trial was refused."""
+        """Slope and largest element of p over all shards; as before if the trial was refused."""
         words = self.h.words
         of_p = words[Word.SLOPE : Word.GAMMA]
         before = of_p.clone()

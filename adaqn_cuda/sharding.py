@@ -148,6 +148,8 @@ class Shards:
         """
         from torch.distributed.tensor import DTensor
 
+        if part.storage_offset():  # of which torch.save fails; this shares the memory, from 0 on
+            part = torch.utils.dlpack.from_dlpack(part)
         shape = Size((*part.shape[:dim], rows, *part.shape[dim + 1 :]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
@@ -187,10 +189,11 @@ class Shards:
                 self._spread([p.detach() for p in params if p.dtype == dtype])
 
     def _spread(self, params: list[Tensor]) -> None:
-        real = [torch.view_as_real(p) if p.is_complex() else p for p in params]
-        parts = [[self._rows_of(p, rank) for p in real] for rank in range(self.count)]
+        parts = [[self._rows_of(p, rank) for p in params] for rank in range(self.count)]
+        if params[0].is_complex():
+            parts = [list(map(torch.view_as_real, of_rank)) for of_rank in parts]
         sizes = [sum(part.numel() for part in of_rank) for of_rank in parts]
-        sent = real[0].new_zeros(max(sizes))
+        sent = parts[0][0].new_zeros(max(sizes))
         sent[: sizes[self.rank]] = torch.cat([part.reshape(-1) for part in parts[self.rank]])
         received = sent.new_empty(self.count, len(sent))
         bytes_of_ranks = list(received.view(torch.uint8).unbind())
@@ -251,7 +254,7 @@ class Division:
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
-        self._of_state: Shards | None = None
+        self._whole: dict[str, Shards] = {}
 
     def of(self, params: Sequence[Tensor]) -> Shards | None:
         """How ``params`` are divided, all alike; ``None`` if they are not.
@@ -268,9 +271,10 @@ class Division:
                 "state_sharding: the parameters are DTensors, whose state is divided as they are; "
                 "leave it out"
             )
-        if self._of_state is None:
-            self._of_state = Shards.over(self._group, params[0].device)
-        return self._of_state
+        device = params[0].device
+        if device.type not in self._whole:
+            self._whole[device.type] = Shards.over(self._group, device)
+        return self._whole[device.type]
 
 
 def _rows_in(shape: Size) -> int:
@@ -279,6 +283,21 @@ def _rows_in(shape: Size) -> int:
 
 
 # --------------------------------------------------------------------------- what is refused
+
+
+def check_not_copied(params: Sequence[Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``RuntimeError`` for the copy of an optimizer with ``state_sharding``.
+
+    Args:
+        params: of the copy.
+        entries: the state of each.
+    """
+    divided = any(is_spread(value) for entry in entries for value in entry.values())
+    if divided and not any(map(is_spread, params)):
+        raise RuntimeError(
+            "state_sharding: a process group is neither copied nor pickled; make a new optimizer, "
+            "and load the state_dict"
+        )
 
 
 def check_flat(params: list[Tensor]) -> None:

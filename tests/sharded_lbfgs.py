@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from unittest.mock import patch
 
 import torch
@@ -94,13 +95,17 @@ def searched_together(values, name, options, whole, divide, state=None):
     closure.spoilt = closure.spoilt if state is None else ()
     for _ in range(2 if state is None else 0):
         optimizer.step(closure)
-    between = outcome(optimizer, params, whole), copied(optimizer.state_dict())
+    between = outcome(optimizer, params, whole), saved(optimizer.state_dict())
     optimizer.step(closure)
     return between, outcome(optimizer, params, whole)
 
 
-def copied(state):
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
+def saved(state):
+    """What was written to a file, and read again."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def made_whole(state):
@@ -139,11 +144,11 @@ def goes_on_from_one_process(name):
     values, _, optimizer = searched_alone(name, 1, steps=2)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     args = name, {}, assembled, lambda v: divided(v, mesh)
-    return searched_together(values, *args, state=copied(optimizer.state_dict()))[1]
+    return searched_together(values, *args, state=saved(optimizer.state_dict()))[1]
 
 
 def of_a_single_row():
-    """A parameter of which but one process has anything."""
+    """A parameter of which but one process has anything; its state goes on in one, too."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     target = torch.arange(3.0, dtype=torch.float64)[None]
     p = nn.Parameter(divided(torch.zeros_like(target), mesh))
@@ -155,7 +160,29 @@ def of_a_single_row():
         return difference.square().sum()
 
     optimizer.step(closure)
-    return p.detach().full_tensor() - target
+    alone = LBFGS([nn.Parameter(torch.zeros_like(target))], line_search_fn="armijo")
+    alone.load_state_dict(made_whole(optimizer.state_dict()))
+    alone.load_state_dict(alone.state_dict())
+    return p.detach().full_tensor() - target, alone.stats()["pairs"] == optimizer.stats()["pairs"]
+
+
+def of_a_complex_number(options):
+    """Whole parameters, of which one is a single complex number."""
+    params = [
+        nn.Parameter(torch.ones((), dtype=torch.complex128)),
+        nn.Parameter(torch.ones(5, dtype=torch.float64)),
+    ]
+    optimizer = LBFGS(params, line_search_fn="strong_wolfe", max_iter=4, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        z, x = params
+        loss = (z - (2 - 3j)).abs().pow(4) + (x * z.imag).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return [p.detach().clone() for p in params]
 
 
 def failure_in_one_process():

@@ -9,6 +9,7 @@ from sharded_lbfgs import (
     SEARCHES,
     failure_in_one_process,
     goes_on_from_one_process,
+    of_a_complex_number,
     of_a_single_row,
     searches,
     searches_of_replicas,
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map
 
-from adaqn_cuda import AdaQN, check_replicas
+from adaqn_cuda import LBFGS, AdaQN, check_replicas
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -144,6 +145,8 @@ def in_two(folder):
         "single row": of_a_single_row(),
         "failure": failure_in_one_process(),
         "drift": drift(),
+        "complex": of_a_complex_number({"state_sharding": dist.group.WORLD}),
+        "model": search_of_a_model(),
     }
 
 
@@ -158,6 +161,33 @@ def in_three(folder):
         "loaded": loaded_and_trained(folder),
         "searches": searches(("strong Wolfe", "deterministic")),
     }
+
+
+def search_of_a_model():
+    """LBFGS on a model of fully_shard, and what goes on from its state by FQN."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    x = batches(1)[0]
+
+    def step(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model, x[own_batch()])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    model = sharded_network(mesh)
+    optimizer = LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=5)
+    step(model, optimizer)
+    state = copied(get_optimizer_state_dict(model, optimizer))
+    other = sharded_network(mesh)
+    other.load_state_dict(copied(model.state_dict()))
+    step(model, optimizer)
+    fresh = LBFGS(other.parameters(), line_search_fn="strong_wolfe", max_iter=5)
+    set_optimizer_state_dict(other, fresh, state)
+    step(other, fresh)
+    return values_of(model), values_of(other)
 
 
 # --------------------------------------------------------------------------- whole parameters
@@ -207,11 +237,11 @@ def drift():
         optimizer.step()
     said = [message_of(lambda: check_replicas(optimizer))]
     last_place = dist.get_rank()
-    optimizer.state[params[1]]["s_ring"].view(torch.int32)[0, :2, 7] += (
-        torch.tensor([1, -1]) * last_place
+    optimizer.state[params[1]]["s_ring"].view(torch.int32)[0, :4, 7] += (
+        torch.tensor([1, -1, -1, 1]) * last_place
     )
     said.append(message_of(lambda: check_replicas(optimizer)))
-    params[0].data.view(torch.int32)[299, 998:] += torch.tensor([1, -1]) * last_place
+    params[0].data.view(torch.int32)[299, 996:] += torch.tensor([1, -1, -1, 1]) * last_place
     said.append(message_of(lambda: check_replicas(optimizer)))
     other = torch.optim.SGD(params[: 1 + dist.get_rank()])
     return [*said, message_of(lambda: check_replicas(other))]

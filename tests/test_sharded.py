@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import in_processes
 from sharded_cases import CASES, alone, together
-from sharded_lbfgs import searched_alone
+from sharded_lbfgs import of_a_complex_number, searched_alone
 from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
 from adaqn_cuda import AdaQN
@@ -160,7 +160,7 @@ def test_replicas_that_drift_are_found(of_two):
         assert equal == "none"
         assert "state 's_ring' of parameter 1 differs between processes 0 and 1" in of_state
         assert "optimizer: parameter 0 differs between processes 0 and 1" in of_parameter
-        assert "process 1 has 2 tensors, and process 0 1" in of_number
+        assert "process 1 has 2 tensors and numbers, and process 0 1" in of_number
 
 
 # --------------------------------------------------------------------------- LBFGS
@@ -200,7 +200,19 @@ def test_shards_search_on_from_one_process(of_two):
 
 
 def test_a_process_may_have_no_rows(of_two):
-    assert all(run["single row"].abs().max() < 1e-9 for run in of_two)
+    for run in of_two:
+        difference, loaded = run["single row"]
+        assert difference.abs().max() < 1e-9 and loaded
+
+
+def test_a_complex_number_is_one_row(of_two):
+    expected = of_a_complex_number({})
+    assert all(error_of(run["complex"], expected) < 1e-9 for run in of_two)
+
+
+def test_a_search_goes_on_from_a_state_by_fqn(of_two):
+    for run in of_two:
+        assert all(map(torch.equal, *run["model"]))
 
 
 def test_a_closure_that_fails_leaves_whole_parameters(of_two):

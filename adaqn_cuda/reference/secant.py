@@ -211,20 +211,15 @@ def put_candidate(
 
 
 class Sum(IntEnum):
-    """Words of :func:`candidate_sums`."""
+    """Words of :func:`candidate_sums`; g is the next gradient, and q = -g."""
 
-    CURVATURE = 0
-    """s.y"""
-    SQUARE = 1
-    """y.y"""
-    LENGTH = 2
-    """s.s"""
-    SLOPE = 3
-    """s.q of the next gradient, q = -g."""
+    S_Y = 0
+    Y_Y = 1
+    S_S = 2
+    S_Q = 3
     NONZERO = 4
     """Number of elements of g that are not zero."""
-    GRADIENT = 5
-    """g.g"""
+    G_G = 5
 
 
 def candidate_sums(s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
@@ -259,9 +254,9 @@ def judge_candidate(
     slots = gram.shape[1]
     accepted, forget = words[Word.TURN] == Turn.ACCEPT, words[Word.TURN] == Turn.FORGET
     free = free_slot(counters, slots)
-    s_y, y_y = sums[Sum.CURVATURE], sums[Sum.SQUARE]
+    s_y, y_y = sums[Sum.S_Y], sums[Sum.Y_Y]
     column = torch.cat([column.index_copy(0, free, s_y[None]), y_y[None]])
-    bound = relative * (sums[Sum.LENGTH] * y_y).sqrt()
+    bound = relative * (sums[Sum.S_S] * y_y).sqrt()
     store = accepted & (s_y > absolute) & (s_y > bound) & column.isfinite().all()
 
     kept = gram.index_select(1, free)[:, 0]
@@ -274,7 +269,7 @@ def judge_candidate(
     words[Word.CURVATURE] = torch.where(accepted, s_y, words[Word.CURVATURE])
     words[Word.SQUARE] = torch.where(accepted, y_y, words[Word.SQUARE])
 
-    u = finite_or_zero(u.index_copy(0, free, sums[Sum.SLOPE][None]))
+    u = finite_or_zero(u.index_copy(0, free, sums[Sum.S_Q][None]))
     count_pair(counters, slots, accepted, store, forget)
     order, valid = age_order(counters, slots)
     holds = torch.zeros_like(valid).index_copy_(0, order, valid)
@@ -283,7 +278,7 @@ def judge_candidate(
     flags = (
         (Flag.NONFINITE, words[Word.TRIAL_NONFINITE]),
         (Flag.NONZERO, sums[Sum.NONZERO]),
-        (Flag.SQUARE, sums[Sum.GRADIENT]),
+        (Flag.SQUARE, sums[Sum.G_G]),
     )
     for flag, value in flags:
         projections[flag] = torch.where(accepted, value, projections[flag])
