@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import capture, ops
 from .arena import Arena, Buffers, Sizes, held, own_part, real_shape, real_view
 from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
-from .compiled import register
+from .compiled import outside_graphs, register
 from .curvature import Product
 from .interrupts import uninterrupted
 from .layout import Counter, Loss
@@ -641,12 +641,12 @@ class AdaQN(Optimizer):
             )
         self._advance(params, grads, held(self._arena).over(state))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def _advance_outside_graph(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """A compiled step that calls the user's functions: Python that no graph can hold."""
         self._advance(params, grads, held(self._arena))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def _advance_shard(self) -> None:
         """A step with the rows of this process, outside any graph: it has collectives."""
         arena = held(self._arena)

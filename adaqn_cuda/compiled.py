@@ -7,12 +7,25 @@ the host part of the step (schedule, learning rates) runs as Python when the ope
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graphs(function: Function) -> Function:
+    """What :func:`torch.compiler.disable` does, at the first call of the function.
+
+    That one imports the compiler, which takes as long as to import torch.
+    """
+    disable = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+    outside: Function = disable(function)
+    return outside
 
 
 class Compilable(Protocol):
