@@ -318,14 +318,15 @@ class Run:
         """Validation loss, nats per symbol, over :data:`VALID_SYMBOLS` symbols from the start."""
         self.model.eval()
         self.valid.position, hidden, total = 0, None, 0.0
-        per_batch = self.valid.bptt * self.valid.inputs.shape[1]
+        streams = self.valid.inputs.shape[1]
+        share = self.processes.own(self.valid.inputs[:1]).shape[1] / streams
+        per_batch = self.valid.bptt * streams
         count = max(1, min(len(self.valid), VALID_SYMBOLS // per_batch))
         for _ in range(count):
             inputs, targets = self._next_of(self.valid)
             logits, hidden = self.model(inputs, self._carried(hidden))
             total += float(loss_of(logits, targets))
         self.model.train()
-        share = inputs.shape[1] / self.valid.inputs.shape[1]
         return float(sum(self.processes.every(total * share))) / count
 
     def _watch(self, sequences: int) -> None:
