@@ -7,6 +7,7 @@ from .parametrized import parametrized_groups
 from .plain import flatten_state_dict, unflatten_state_dict
 from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
+from .replicas import check_replicas
 from .version import __version__
 from .wrappers import unwrap
 
@@ -18,6 +19,7 @@ __all__ = [
     "SQN",
     "AdaQN",
     "__version__",
+    "check_replicas",
     "flatten_state_dict",
     "gauss_newton",
     "hessian",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, ops
-from .arena import Arena, Buffers, Sizes, held, own_part, real_view
+from .arena import Arena, Buffers, Sizes, held, own_part, real_shape, real_view
 from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
 from .compiled import register
 from .curvature import Product
@@ -36,7 +36,15 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, check_state_dict, completed, with_names
 from .sharded import call_of
-from .sharding import Shards, check_flat, check_not_divided, is_spread, local
+from .sharding import (
+    Division,
+    Shards,
+    check_flat,
+    check_not_copied,
+    check_not_divided,
+    is_spread,
+    local,
+)
 from .step import Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 
@@ -232,8 +240,6 @@ class AdaQN(Optimizer):
     _step_supports_amp_scaling = True
     #: While a state_dict is loaded, the arena that it describes, if it has state.
     _incoming: Arena | None
-    _state_sharding: ProcessGroup | None
-    _shards_of_state: Shards | None
 
     def __init__(
         self,
@@ -292,7 +298,7 @@ class AdaQN(Optimizer):
         self._arena: Arena | None = None
         self._calls = 0
         self._prepare()
-        self._state_sharding = state_sharding
+        self._division = Division(state_sharding)
         super().__init__(params, defaults)
         if blocks is not None:
             check_blocks(blocks, self._parameters())
@@ -391,7 +397,7 @@ class AdaQN(Optimizer):
         common = common_options(groups)
         if common["init"] != "kronecker":
             return None
-        shapes = [_real_shape(p) for p in self._parameters()]
+        shapes = [real_shape(p) for p in self._parameters()]
         blocks = [n for group in groups for n in group["blocks"]]
         sizes = [
             group["block_size"] if group["init"] == "kronecker" else None
@@ -405,25 +411,12 @@ class AdaQN(Optimizer):
         ]
         plan = Plan(shapes, cuts, common["max_vector_dim"])
         if shards is not None:
-            ranks = range(shards.count)
-            parts = [[shards.elements(shape, rank) for shape in shapes] for rank in ranks]
-            plan = plan.part(parts, shards.rank)
+            plan = plan.part(shards.ranges(shapes), shards.rank)
         return plan if plan.factors else None
 
     def _shards(self) -> Shards | None:
         """How the parameters are divided among processes, if they are."""
-        params = self._parameters()
-        shards = Shards.of(params)
-        if self._state_sharding is None or not params:
-            return shards
-        if shards is not None:
-            raise RuntimeError(
-                "state_sharding: the parameters are DTensors, whose state is divided as they are; "
-                "leave it out"
-            )
-        if self._shards_of_state is None:
-            self._shards_of_state = Shards.over(self._state_sharding, params[0].device)
-        return self._shards_of_state
+        return self._division.of(self._parameters())
 
     def _prepare(self) -> None:
         """What is neither option nor state, and so not copied or pickled."""
@@ -436,8 +429,7 @@ class AdaQN(Optimizer):
         self._seen_sizes: list[int] = []
         self._halfway = False
         self._warned_of_turns = False
-        self._state_sharding = None
-        self._shards_of_state = None
+        self._division = Division()
 
     def _new_arena(self, groups: list[dict[str, Any]], momentum: bool = False) -> Arena:
         """Buffers for all parameters under the options of ``groups``.
@@ -615,10 +607,7 @@ class AdaQN(Optimizer):
             self._bind(self._new_arena(self.param_groups), calls=0)
 
     def _check_shards(self) -> None:
-        """Raise ``RuntimeError`` for what shards cannot do, and where processes do not agree.
-
-        Those that have shards of different things would wait for each other.
-        """
+        """Raise ``RuntimeError`` for what shards cannot do, and where processes do not agree."""
         shards, common = self._shards(), self._common()
         if shards is None:
             return
@@ -627,12 +616,7 @@ class AdaQN(Optimizer):
                 f"curvature: {common['curvature']!r} takes gradients of whole parameters, of which "
                 "every process steps a part; use 'fisher' or 'gradients'"
             )
-        params = self._parameters()
-        shards.check_alike(
-            [f"{len(params)} parameters"]
-            + [f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in params]
-            + [f"{name}={common[name]!r}" for name in COMMON]
-        )
+        shards.check_alike(self._parameters(), {name: common[name] for name in COMMON})
 
     def _check_whole(self) -> None:
         if self._halfway:
@@ -901,6 +885,8 @@ class AdaQN(Optimizer):
             self._prepare()
             self._arena = None
             self._hooks = Hooks(None, None, None)
+            params = self._parameters()
+            check_not_copied(params, [self.state.get(p, {}) for p in params])
         for group in self.param_groups:
             group.setdefault("blocks", [1] * len(group["params"]))
         for name in (*GROUPED, *AVERAGED):  # groups that are added take what is loaded, too
@@ -926,11 +912,6 @@ def _renamed(max_factor_dim: Any) -> Any:
         stacklevel=3,
     )
     return max_factor_dim
-
-
-def _real_shape(p: Tensor) -> torch.Size:
-    """The shape of a parameter, in all processes together, as real numbers."""
-    return torch.Size((*p.shape, 2)) if p.is_complex() else p.shape
 
 
 def _rows(shape: torch.Size, blocks: Blocks, shards: Shards | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 from .plan import Plan
@@ -41,6 +41,11 @@ LATER = ("momentum", "square")
 def real_view(tensor: Tensor) -> Tensor:
     """Complex tensors as real ones with a trailing dimension of 2; real tensors as they are."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def real_shape(param: Tensor) -> Size:
+    """The shape of a parameter, in all processes together, as :func:`real_view` sees its rows."""
+    return Size((*(param.shape or (1,)), 2)) if param.is_complex() else param.shape
 
 
 def own_part(param: Tensor, shards: Shards | None) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arena import ring
+from .arena import FACTORED, own_part, real_shape, ring
+from .filing import Filing, check_shape
 from .layout import Counter, Flag, Word, state_dtype
 from .plan import Plan
+from .sharding import Shards
 from .watch import check_numbers
 
 #: Rows that the rings begin with, and what they grow by.
@@ -21,17 +23,18 @@ FOREIGN = {"d": "direction", "prev_flat_grad": "gradient"}
 #: How many words a state has that was saved before there were more; the later ones are zero then.
 FIRST_WORDS = Word.TAKEN
 #: Buffers of an initial matrix that is not a number.
-MATRIX = ("accumulator", "factors", "bases", "square")
+MATRIX = ("accumulator", *FACTORED, "square")
 
 
 class History:
     """Buffers for ``size`` scalar parameters.
 
     Args:
-        params: the parameters, complex ones as real views.
+        params: the parameters.
         history_size: pairs kept at most.
         plan: of the Kronecker factors; one without factors for a diagonal; ``None`` for a scalar.
         history_dtype: of the pairs; ``None`` for that of the vectors.
+        shards: how the parameters are divided among processes, if they are.
     """
 
     def __init__(
@@ -40,11 +43,15 @@ class History:
         history_size: int,
         plan: Plan | None,
         history_dtype: torch.dtype | None,
+        shards: Shards | None = None,
     ) -> None:
-        self.shapes = [p.shape for p in params]
-        self.size = sum(p.numel() for p in params)
+        own = [own_part(p, shards) for p in params]
+        self.shapes = [real_shape(p) for p in params]
+        self.size = sum(p.numel() for p in own)
         self.device = params[0].device
-        self.dtype = state_dtype(params)
+        self.dtype = state_dtype(own)
+        self.shards = shards
+        self.filing = Filing(self.shapes, plan, shards)
         self.history_size = history_size
         self.table = None if plan is None else plan.table
         self.direction, self.gradient, self.trial, self.origin, self.residual = (
@@ -113,19 +120,22 @@ class History:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def entry(self) -> dict[str, Any]:
-        """The state under the names of :class:`torch.optim.LBFGS`, and what that does not have."""
+    def entries(self) -> list[dict[str, Any]]:
+        """The state for each parameter, under torch's names, and what torch does not have.
+
+        It is filed under the first, as :class:`torch.optim.LBFGS` does, but for the vectors where
+        parameters are divided.
+        """
         pairs, oldest = (int(self.counters[w]) for w in (Counter.PAIRS, Counter.OLDEST_PAIR))
         order = [(oldest + age) % self.slots for age in range(pairs)]
         words = self.words.tolist()
-        matrix = {} if self.table is None else {name: getattr(self, name) for name in MATRIX}
-        return {
-            **{theirs: getattr(self, ours) for theirs, ours in FOREIGN.items()},
+        vectors: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in FOREIGN.items()}
+        vectors["old_dirs"] = [self.y_ring[i] for i in order]
+        vectors["old_stps"] = [self.s_ring[i] for i in order]
+        shared = {
             "t": words[Word.STEP],
             "H_diag": words[Word.GAMMA],
             "prev_loss": words[Word.LOSS],
-            "old_dirs": [self.y_ring[i] for i in order],
-            "old_stps": [self.s_ring[i] for i in order],
             "ro": [1 / self.gram[i, i] for i in order],
             "slots": self.slots,
             "bound": self._bound,
@@ -134,15 +144,20 @@ class History:
             "scales": self.scales,
             "counters": self.counters,
             "words": self.words,
-            **matrix,
         }
+        factors = {}
+        if self.table is not None:
+            vectors["accumulator"], shared["square"] = self.accumulator, self.square
+            factors = {name: getattr(self, name) for name in FACTORED}
+        return self.filing.entries(vectors, factors, shared)
 
-    def adopt(self, entry: Mapping[str, Any]) -> None:
-        """Continue what :meth:`entry`, or a :class:`torch.optim.LBFGS`, has filed.
+    def adopt(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Continue what :meth:`entries`, or a :class:`torch.optim.LBFGS`, has filed.
 
         Raises:
             ValueError: it does not fit the parameters or the options; some of it may be in place.
         """
+        entry = self.filing.own(entries)
         s_rows, y_rows = entry["old_stps"], entry["old_dirs"]
         if len(s_rows) > self.history_size:
             raise ValueError(
@@ -162,7 +177,8 @@ class History:
             self.words[Word.STEP] = float(entry["t"])
             self.words[Word.GAMMA] = float(entry["H_diag"])
             self.words[Word.LOSS] = float(entry["prev_loss"])
-            self.words[Word.SLOPE] = self.gradient.double() @ self.direction.double()
+            slope = self.gradient.double() @ self.direction.double()
+            self.words[Word.SLOPE] = self._total(slope)
             self.counters[Counter.PAIRS] = len(s_rows)
         oldest = int(self.counters[Counter.OLDEST_PAIR])
         for age, (s, y) in enumerate(zip(s_rows, y_rows, strict=True)):
@@ -189,16 +205,14 @@ class History:
 
     @staticmethod
     def _check(name: str, value: Any, buffer: Tensor) -> None:
-        if not isinstance(value, Tensor) or value.shape != buffer.shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else value
-            raise ValueError(
-                f"state_dict: expected {name!r} of shape {tuple(buffer.shape)}, got {found}; load "
-                "a state_dict of LBFGS with the same options, for parameters of the same shapes"
-            )
+        check_shape(name, value, buffer.shape)
         check_numbers(name, value, buffer)
 
     def _measure_pairs(self) -> None:
         """Products of pairs that came without them; none of them scales the others."""
         s, y = self.s_ring.double(), self.y_ring.double()
-        self.gram[:-1], self.gram[-1] = s @ y.mT, (y * y).sum(1)
+        self.gram.copy_(self._total(torch.cat([s @ y.mT, (y * y).sum(1)[None]])))
         self.scales.fill_(1.0)
+
+    def _total(self, words: Tensor) -> Tensor:
+        return words if self.shards is None else self.shards.total(words)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, ops
-from .arena import held, real_view
+from .arena import held, real_shape
 from .history import History
 from .interrupts import uninterrupted
 from .layout import Counter, Stop, Word
@@ -20,8 +20,12 @@ from .plan import Cut, Plan
 from .precision import full_precision
 from .saved import check_mapping, with_dtypes, with_names
 from .search import Search, turns_of_factors
-from .sharding import check_not_divided, check_whole
+from .sharded_search import search_of
+from .sharding import Division, Shards, check_flat, check_not_copied, check_not_divided
 from .watch import Watch, check_device, check_dtypes, check_memory, differ
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: The setting that pays most where loss and gradient are exact: physics-informed networks, fits.
 DETERMINISTIC: dict[str, Any] = {
@@ -128,6 +132,14 @@ class LBFGS(Optimizer):
     about seven digits, and with them its minimum to about 3e-4 in the parameters; take float64
     where that is not enough, as physics-informed networks mostly need.
 
+    Processes that have the rows of each parameter that :func:`torch.distributed.fsdp.fully_shard`
+    gives them, or ``state_sharding``, take each step together: the loss is averaged over them, what
+    spans all parameters is added up, and all decide alike. A step is that of one process, with
+    ``"kronecker"`` of one whose matrices are cut where the rows of a process end.
+    :meth:`state_dict` has, for every parameter, the part of its vectors that is here, as
+    ``DTensor``; it loads in as many processes, or made whole in any number, but for
+    ``"kronecker"``.
+
     Args:
         params (iterable): parameters, or named parameters, or dicts that define parameter groups,
             which must agree on all options. Complex ones count as pairs of real numbers. All live
@@ -165,6 +177,10 @@ class LBFGS(Optimizer):
             ``torch.bfloat16`` (default: ``None``).
         fused (bool, optional): ``None`` takes native kernels where there are any, ``True`` insists
             on them, ``False`` takes the PyTorch reference (default: ``None``).
+        state_sharding (ProcessGroup, optional): processes with the same whole parameters and
+            gradients, as with ``DistributedDataParallel``. Each keeps the pairs of some rows of
+            every parameter, and all take the same steps: parameters are the same to the bit, and
+            the loss is the mean of what the closures return (default: ``None``).
 
     Raises:
         ValueError: an option is out of range, or differs between groups.
@@ -207,15 +223,19 @@ class LBFGS(Optimizer):
         maximize: bool = False,
         history_dtype: torch.dtype | None = None,
         fused: bool | None = None,
+        state_sharding: ProcessGroup | None = None,
     ) -> None:
         values = locals()
         defaults = {name: values[name] for name in CHECKS}
         _validate(defaults)
-        check_not_divided("L-BFGS has one direction for all of them; use LBFGS by itself")
+        check_not_divided(
+            "L-BFGS has one direction for all of them; use LBFGS by itself, with state_sharding"
+        )
         if max_eval is None:
             least = max_iter + ARMIJO_MORE if line_search_fn == "armijo" else 0
             defaults["max_eval"] = max(max_iter * 5 // 4, least)
         self._prepare()
+        self._division = Division(state_sharding)
         super().__init__(params, defaults)
         if fused:
             ops.check_fused(self._parameters()[0].device)
@@ -236,8 +256,8 @@ class LBFGS(Optimizer):
         Raises:
             ValueError: an option differs from that of the others.
             TypeError: a parameter is neither floating-point nor complex.
-            RuntimeError: there have been steps, and the pairs would not fit; or a parameter is a
-                shard, of FSDP or tensor parallelism.
+            RuntimeError: there have been steps, and the pairs would not fit; or a parameter is
+                divided among processes otherwise than by rows, or otherwise than the others.
         """
         if self._history is not None:
             raise RuntimeError(
@@ -246,7 +266,8 @@ class LBFGS(Optimizer):
         super().add_param_group(param_group)
         try:
             check_dtypes(self.param_groups[-1]["params"])
-            check_whole(self.param_groups[-1]["params"])
+            check_flat(self.param_groups[-1]["params"])
+            self._shards()
             self._options()
         except Exception:
             self.param_groups.pop()
@@ -255,6 +276,10 @@ class LBFGS(Optimizer):
     def _parameters(self) -> list[Tensor]:
         """Each of them once."""
         return list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+
+    def _shards(self) -> Shards | None:
+        """How the parameters are divided among processes, if they are."""
+        return self._division.of(self._parameters())
 
     def _options(self) -> dict[str, Any]:
         """The options that all groups share, checked."""
@@ -278,22 +303,25 @@ class LBFGS(Optimizer):
         return first
 
     def _new_history(self, options: Mapping[str, Any]) -> History:
-        params = self._parameters()
+        params, shards = self._parameters(), self._shards()
         check_device(params)
-        check_memory(params)
-        real = [real_view(p.detach()) for p in params]
+        check_memory(params if shards is None else [shards.own(p) for p in params])
         with torch.inference_mode(False):
-            plan = self._plan(real, options)
-            return History(real, options["history_size"], plan, options["history_dtype"])
+            plan = self._plan(params, options, shards)
+            return History(params, options["history_size"], plan, options["history_dtype"], shards)
 
     @staticmethod
-    def _plan(params: list[Tensor], options: Mapping[str, Any]) -> Plan | None:
+    def _plan(
+        params: list[Tensor], options: Mapping[str, Any], shards: Shards | None
+    ) -> Plan | None:
         if options["init"] == "scalar":
             return None
         size = options["block_size"] if options["init"] == "kronecker" else None
-        shapes = [p.shape for p in params]
-        cuts = [Cut((shape[0] if shape else 1,), size) for shape in shapes]
-        return Plan(shapes, cuts, options["block_size"])
+        shapes = [real_shape(p) for p in params]
+        rows = [(shape[0] if shape else 1,) for shape in shapes]
+        cuts = [Cut(own if shards is None else shards.cut(own), size) for own in rows]
+        plan = Plan(shapes, cuts, options["block_size"])
+        return plan if shards is None else plan.part(shards.ranges(shapes), shards.rank)
 
     def _bind(self, history: History) -> None:
         self._history = history
@@ -308,35 +336,49 @@ class LBFGS(Optimizer):
 
     # ------------------------------------------------------------------ what is filed, or replaced
 
-    # The entry of the first parameter has the state only from when it was asked for until the next
-    # step, which would make it stale.
+    # The state is filed only from when it was asked for until the next step, which would make it
+    # stale.
 
     def _file(self) -> None:
         self._settle()
         self._count()
         if self._history is not None:
-            self._first_entry().update(self._history.entry())
+            self._file_entries(self._history)
             self._note_filed()
+
+    def _file_entries(self, history: History) -> None:
+        counts = {name: self._counts()[name] for name in COUNTS}
+        entries = history.entries()
+        for p, entry in zip(
+            self._parameters(), [{**counts, **entries[0]}, *entries[1:]], strict=True
+        ):
+            if entry:
+                self.state[p] = entry
+            else:
+                self.state.pop(p, None)
 
     def _take_back(self) -> None:
-        """File the counts alone; a state_dict that was made of the entry keeps what it has."""
-        entry = self._first_entry()
+        """File the counts alone; a state_dict that was made of the entries keeps what it has."""
+        first, *others = self._parameters()
+        entry = self._entries()[0]
         if "d" in entry:
-            self.state[self._parameters()[0]] = {name: entry[name] for name in COUNTS}
+            self.state[first] = {name: entry[name] for name in COUNTS}
+            for p in others:
+                self.state.pop(p, None)
             self._note_filed()
 
-    def _first_entry(self) -> dict[str, Any]:
-        """What is filed under the first parameter, where torch's L-BFGS has all of it."""
-        entry: dict[str, Any] = self.state.get(self._parameters()[0], {})
-        return entry
+    def _entries(self) -> list[dict[str, Any]]:
+        """What is filed under each parameter."""
+        return [self.state.get(p, {}) for p in self._parameters()]
 
     def _note_filed(self) -> None:
-        self._watch = Watch(self._parameters(), [_tensors(self._first_entry())])
+        self._watch = Watch(self._parameters(), list(map(_tensors, self._entries())))
 
     def _sees_change(self) -> bool:
         """Whether parameters, their layout or what is filed were replaced since they were noted."""
         params = self._parameters()
-        return held(self._watch).sees_change(params, {params[0]: _tensors(self._first_entry())})
+        filed = map(_tensors, self._entries())
+        return held(self._watch).sees_change(params, dict(zip(params, filed, strict=True)))
 
     def _settle(self) -> None:
         """Go on from what is filed, where that was replaced, for the parameters as they are.
@@ -351,12 +393,12 @@ class LBFGS(Optimizer):
             self._prepare()
         elif self._sees_change():
             self._check_shapes(self._history.shapes)
-            entry = self._first_entry()
-            is_filed = "d" in entry
-            found = entry if is_filed else self._history.entry()
+            entries = self._entries()
+            is_filed = "d" in entries[0]
+            found = entries if is_filed else self._history.entries()
             history = self._restored(found, self._options())
             if is_filed:
-                entry.update(history.entry())
+                self._file_entries(history)
             self._bind(history)
 
     def _check_shapes(self, shapes: list[torch.Size]) -> None:
@@ -367,10 +409,10 @@ class LBFGS(Optimizer):
                 "optimizer"
             )
         for index, (p, shape) in enumerate(zip(params, shapes, strict=True)):
-            if real_view(p).shape != shape:
+            if real_shape(p) != shape:
                 raise ValueError(
                     f"params: parameter {index} was of shape {tuple(shape)} when the state was "
-                    f"made, and is of {tuple(real_view(p).shape)} now; make a new optimizer"
+                    f"made, and is of {tuple(real_shape(p))} now; make a new optimizer"
                 )
 
     # ------------------------------------------------------------------ the step
@@ -393,8 +435,12 @@ class LBFGS(Optimizer):
             TypeError: the closure does not return a loss.
             ValueError: the loss is not one real number, or is on another device.
 
-        If the closure raises, the parameters are where the last iteration ended.
+        If the closure raises, the parameters are where the last iteration ended; with
+        ``state_sharding``, when the next step begins.
         """
+        if closure is None and self._is_blank_call():
+            self._allocated(self._options())
+            return None
         if not callable(closure):
             raise RuntimeError(
                 f"closure: expected a function that evaluates loss and gradient, got {closure!r}; "
@@ -413,16 +459,23 @@ class LBFGS(Optimizer):
         counts = self._counts()
         backend = ops.select_backend(history.device, options["fused"])
         with full_precision(history.device), uninterrupted() as hold:
-            search = Search(
-                backend.ops, backend.name == "native", self._parameters(), history, options,
-                closure, hold, counts["n_iter"] > 0, captured, self._stopped in ENDS,
+            search = search_of(
+                history.shards, backend.ops, backend.name == "native", self._parameters(), history,
+                options, closure, hold, counts["n_iter"] > 0, captured, self._stopped in ENDS,
             )  # fmt: skip
             try:
                 self._run(search)
             except BaseException:
-                search.go_back()
+                search.give_up()
                 raise
         return search.returned
+
+    def _is_blank_call(self) -> bool:
+        """A first call at lr 0 without a closure.
+
+        It is how torch.distributed.checkpoint makes an optimizer allocate its state.
+        """
+        return self._history is None and all(group["lr"] == 0 for group in self.param_groups)
 
     def _run(self, search: Search) -> None:
         if search.is_armijo:
@@ -485,6 +538,10 @@ class LBFGS(Optimizer):
 
     def _allocated(self, options: Mapping[str, Any]) -> History:
         if self._history is None:
+            shards = self._shards()
+            if shards is not None:
+                alike = {name: options[name] for name in CHECKS}
+                shards.check_alike(self._parameters(), {**alike, "lr": float(options["lr"])})
             self._bind(self._new_history(options))
         return held(self._history)
 
@@ -550,7 +607,7 @@ class LBFGS(Optimizer):
         """Return the state of the optimizer; see :meth:`torch.optim.Optimizer.state_dict`.
 
         It is filed under the first parameter with the names of :class:`torch.optim.LBFGS`, which
-        can load it, and more.
+        can load it, and more. Of divided parameters, each has its part of the vectors.
         """
         self._file()
         return with_names(super().state_dict())
@@ -599,19 +656,21 @@ class LBFGS(Optimizer):
 
     def _read(self, state_dict: Mapping[str, Any]) -> History | None:
         """The history that it describes, or ``None`` if it holds none."""
-        groups = state_dict["param_groups"]
-        entry = state_dict["state"].get(groups[0]["params"][0], {}) if groups[0]["params"] else {}
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        entries = [state.get(i, {}) for i in dict.fromkeys(i for g in groups for i in g["params"])]
         matches = [len(g["params"]) for g in groups] == [
             len(g["params"]) for g in self.param_groups
         ]
-        if "d" not in entry or not matches:  # torch reports a mismatch
+        if not entries or "d" not in entries[0] or not matches:  # torch reports a mismatch
             return None
-        return self._restored(entry, groups[0])
+        return self._restored(entries, groups[0])
 
-    def _restored(self, entry: Mapping[str, Any], options: Mapping[str, Any]) -> History:
+    def _restored(
+        self, entries: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> History:
         history = self._new_history(options)
         try:
-            history.adopt(entry)
+            history.adopt(entries)
         except KeyError as missing:
             raise ValueError(
                 f"state_dict: it lacks {missing}; pass what LBFGS.state_dict() returned"
@@ -624,13 +683,16 @@ class LBFGS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        entry = self.state.get(self._parameters()[0], {})
+        entries = self._entries()
+        if "_division" not in self.__dict__:  # unpickled or copied
+            self._division = Division()
+            check_not_copied(self._parameters(), entries)
         incoming = self.__dict__.get("_incoming")
-        if incoming is None and "d" in entry:
-            incoming = self._restored(entry, self.param_groups[0])
+        if incoming is None and "d" in entries[0]:
+            incoming = self._restored(entries, self.param_groups[0])
         self._prepare()
         if incoming is not None:
-            entry.update(incoming.entry())
+            self._file_entries(incoming)
             self._bind(incoming)
 
 

@@ -58,7 +58,7 @@ class Search:
     ended: bool
 
     def __post_init__(self) -> None:
-        self.params = [real_view(p.detach()) for p in self.owners]
+        self.params = [real_view(self._own(p.detach())) for p in self.owners]
         self.lr = float(self.options["lr"])
         self.returned: Any = None
         self.evaluations = 0
@@ -66,6 +66,10 @@ class Search:
         self.moved = False
         #: The host reads what is on its own side as it pleases; elsewhere, once per evaluation.
         self.reads = self.h.device.type == "cpu"
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """What this process steps of a parameter, or has of its gradient."""
+        return tensor
 
     # ------------------------------------------------------------------ an evaluation
 
@@ -113,8 +117,11 @@ class Search:
                 "closure: no parameter has a gradient after it; call loss.backward() in it, on a "
                 "loss that depends on the parameters"
             )
-        dense = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
-        return [None if g is None else real_view(g.resolve_conj()).resolve_neg() for g in dense]
+        return [None if g is None else real_view(self._dense(g)).resolve_neg() for g in grads]
+
+    def _dense(self, gradient: Tensor) -> Tensor:
+        own = self._own(gradient if gradient.layout == torch.strided else gradient.to_dense())
+        return own.resolve_conj()
 
     def _evaluate(self, step: float | None = None) -> Trial:
         """The same on the host's side; at ``step`` along the direction, if it is given."""
@@ -153,31 +160,52 @@ class Search:
         if self.moved:
             self._move(0.0)
 
+    def give_up(self) -> None:
+        """The same after an error."""
+        self.go_back()
+
     # ------------------------------------------------------------------ the next direction
 
     def _turn(self, trial: Tensor) -> None:
         """The trial becomes the iterate if it was accepted; its pair, and a new direction."""
-        h, op, options = self.h, self.op, self.options
-        absolute, relative = 1e-10, 0.0
-        if options["min_curvature"] is not None:
-            absolute, relative = 0.0, options["min_curvature"]
+        h = self.h
         h.calls += 1
-        op.secant_keep(self.params, h.words, h.origin)
-        op.secant_pair(
-            trial, h.direction, absolute, relative, options["self_scaled"], h.gradient, h.s_ring,
-            h.y_ring, h.gram, h.scales, h.projections, h.counters, h.words,
-        )  # fmt: skip
+        self.op.secant_keep(self.params, h.words, h.origin)
+        absolute, relative = 1e-10, 0.0
+        if self.options["min_curvature"] is not None:
+            absolute, relative = 0.0, self.options["min_curvature"]
+        self._pair(trial, absolute, relative)
         if h.table is not None:
             self._take_in(trial)
-        op.secant_residual(
-            h.gradient, h.y_ring, h.gram, h.counters, h.projections, h.words, h.table is not None,
-            h.residual, h.images,
+        self._reduce()
+        self._combine()
+
+    def _pair(self, trial: Tensor, absolute: float, relative: float) -> None:
+        h = self.h
+        self.op.secant_pair(
+            trial, h.direction, absolute, relative, self.options["self_scaled"], h.gradient,
+            h.s_ring, h.y_ring, h.gram, h.scales, h.projections, h.counters, h.words,
         )  # fmt: skip
+
+    def _reduce(self) -> None:
+        """r = K (q - Y a), z = Y^T r."""
+        h = self.h
+        self._residual(h.table is not None)
         if h.table is not None:
             self._apply(h.residual)
             if h.history_size:
-                op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
-        op.secant_combine(
+                self.op.direction_images(h.residual, h.y_ring, h.counters, h.projections, h.images)
+
+    def _residual(self, identity: bool) -> None:
+        h = self.h
+        self.op.secant_residual(
+            h.gradient, h.y_ring, h.gram, h.counters, h.projections, h.words, identity,
+            h.residual, h.images,
+        )  # fmt: skip
+
+    def _combine(self) -> None:
+        h = self.h
+        self.op.secant_combine(
             h.gradient, h.s_ring, h.gram, h.scales, h.counters, h.projections, h.images,
             h.residual, self.lr, self._first(), h.direction, h.words,
         )  # fmt: skip
@@ -207,9 +235,12 @@ class Search:
         image = y.clone()
         self._apply(image)
         s_y = h.gram.index_select(1, newest)[:, 0].index_select(0, newest)[0]
-        gamma = s_y / reference.product(y, image)
+        gamma = s_y / self._product(y, image)
         usable = (h.counters[Counter.PAIRS] > 0) & (gamma > 0) & gamma.isfinite()
         h.words[Word.GAMMA] = torch.where(usable, gamma, 1.0)
+
+    def _product(self, x: Tensor, y: Tensor) -> Tensor:
+        return reference.product(x, y)
 
     def _call(self) -> int:
         """Which call of the factors' schedule this is: one of the first, in which none sits out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, zip_longest
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-_WHOLE = "give the optimizer whole parameters, as with DistributedDataParallel"
 _BY_ROWS = "divide the rows of all parameters over one mesh dimension, as fully_shard(model) does"
 
 
@@ -121,6 +120,10 @@ class Shards:
         rows, width = self.rows(_rows_in(shape), rank), shape[1:].numel()
         return range(rows.start * width, rows.stop * width)
 
+    def ranges(self, shapes: Sequence[Size]) -> list[list[range]]:
+        """The elements of every parameter that each shard has."""
+        return [[self.elements(shape, rank) for shape in shapes] for rank in range(self.count)]
+
     def own(self, tensor: Tensor) -> Tensor:
         """What this process steps of a parameter, or of its gradient: a view."""
         return self._rows_of(tensor, self.rank) if self.whole else local(tensor)
@@ -145,6 +148,8 @@ class Shards:
         """
         from torch.distributed.tensor import DTensor
 
+        if part.storage_offset():  # of which torch.save fails; this shares the memory, from 0 on
+            part = torch.utils.dlpack.from_dlpack(part)
         shape = Size((*part.shape[:dim], rows, *part.shape[dim + 1 :]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
@@ -184,10 +189,11 @@ class Shards:
                 self._spread([p.detach() for p in params if p.dtype == dtype])
 
     def _spread(self, params: list[Tensor]) -> None:
-        real = [torch.view_as_real(p) if p.is_complex() else p for p in params]
-        parts = [[self._rows_of(p, rank) for p in real] for rank in range(self.count)]
+        parts = [[self._rows_of(p, rank) for p in params] for rank in range(self.count)]
+        if params[0].is_complex():
+            parts = [list(map(torch.view_as_real, of_rank)) for of_rank in parts]
         sizes = [sum(part.numel() for part in of_rank) for of_rank in parts]
-        sent = real[0].new_zeros(max(sizes))
+        sent = parts[0][0].new_zeros(max(sizes))
         sent[: sizes[self.rank]] = torch.cat([part.reshape(-1) for part in parts[self.rank]])
         received = sent.new_empty(self.count, len(sent))
         bytes_of_ranks = list(received.view(torch.uint8).unbind())
@@ -204,14 +210,29 @@ class Shards:
         torch.distributed.all_reduce(words, group=self.mesh.get_group(self.dim))
         return words
 
+    def of_each(self, words: Tensor) -> Tensor:
+        """``words`` of every shard, one in a row: one collective."""
+        rows = words.new_empty(self.count, len(words))
+        group = self.mesh.get_group(self.dim)
+        torch.distributed.all_gather(list(rows.unbind()), words, group=group)
+        return rows
+
     def mean(self, number: Tensor) -> Tensor:
         """The mean of a number over all processes, replicas among them, in place."""
         for dim in range(self.mesh.ndim):
             torch.distributed.all_reduce(number, group=self.mesh.get_group(dim))
         return number.div_(self.mesh.size())
 
-    def check_alike(self, facts: list[str]) -> None:
-        """Raise ``RuntimeError`` in all processes unless ``facts`` are the same in all."""
+    def check_alike(self, params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
+        """Raise ``RuntimeError`` in all processes unless both are the same in all.
+
+        Those that have shards of different things would wait for each other.
+        """
+        facts = [
+            f"{len(params)} parameters",
+            *(f"a parameter of shape {tuple(p.shape)}, {p.dtype}" for p in params),
+            *(f"{name}={value!r}" for name, value in options.items()),
+        ]
         theirs: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(theirs, facts, group=self.mesh.get_group(self.dim))
         for rank, found in enumerate(theirs):
@@ -223,12 +244,60 @@ class Shards:
                     )
 
 
+class Division:
+    """How the parameters of an optimizer are divided among processes, if they are.
+
+    Args:
+        group: processes with whole parameters, of which each steps some rows; ``None`` where the
+            parameters say themselves how they are divided.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._whole: dict[str, Shards] = {}
+
+    def of(self, params: Sequence[Tensor]) -> Shards | None:
+        """How ``params`` are divided, all alike; ``None`` if they are not.
+
+        Raises:
+            RuntimeError: they are divided otherwise than by rows, or not all in the same way, or
+                though they should be whole.
+        """
+        shards = Shards.of(params)
+        if self._group is None or not params:
+            return shards
+        if shards is not None:
+            raise RuntimeError(
+                "state_sharding: the parameters are DTensors, whose state is divided as they are; "
+                "leave it out"
+            )
+        device = params[0].device
+        if device.type not in self._whole:
+            self._whole[device.type] = Shards.over(self._group, device)
+        return self._whole[device.type]
+
+
 def _rows_in(shape: Size) -> int:
     """A number is one row."""
     return shape[0] if shape else 1
 
 
 # --------------------------------------------------------------------------- what is refused
+
+
+def check_not_copied(params: Sequence[Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``RuntimeError`` for the copy of an optimizer with ``state_sharding``.
+
+    Args:
+        params: of the copy.
+        entries: the state of each.
+    """
+    divided = any(is_spread(value) for entry in entries for value in entry.values())
+    if divided and not any(map(is_spread, params)):
+        raise RuntimeError(
+            "state_sharding: a process group is neither copied nor pickled; make a new optimizer, "
+            "and load the state_dict"
+        )
 
 
 def check_flat(params: list[Tensor]) -> None:
@@ -240,17 +309,6 @@ def check_flat(params: list[Tensor]) -> None:
                 "parameter of FullyShardedDataParallel, with neither its rows and columns nor all "
                 "of its elements; use torch.distributed.fsdp.fully_shard, or give the optimizer "
                 "whole parameters, as with DistributedDataParallel"
-            )
-
-
-def check_whole(params: list[Tensor]) -> None:
-    """Raise ``RuntimeError`` for a parameter of which this process has but a part."""
-    check_flat(params)
-    for index, p in enumerate(params):
-        if is_spread(p):
-            raise RuntimeError(
-                f"params: parameter {index}, of shape {tuple(p.shape)}, is a DTensor (fully_shard, "
-                f"tensor parallelism), of which every process has a part; {_WHOLE}"
             )
 
 

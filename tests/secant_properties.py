@@ -31,6 +31,7 @@ CASES = {
     "no pairs, first step given": Search(pairs=0, oldest=3, first=0.01),
     "no pairs, a step taken": Search(pairs=0, oldest=3, taken=0.3, first=0.01),
     "one pair": Search(pairs=1, taken=0.3),
+    "no elements": Search(numels=(0, 0), pairs=2),
     "one element": Search(numels=(1,), history_size=5, pairs=5, oldest=2),
     "31 elements": Search(numels=(31,), pairs=5),
     "one row": Search(history_size=1, pairs=1, oldest=1),

@@ -95,15 +95,17 @@ CASES = {
 class Problem:
     """A small network, whose layers have fewer rows than there are processes, or uneven ones."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 1)
-        ).double()
+        )
+        self.model.to(device, torch.float64)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.start = [p.detach().clone() for p in self.model.parameters()]
         x = torch.randn(64, 6, dtype=torch.float64)
-        self.data = x, (x[:, :1] * x[:, 1:2]).sin() + 0.1 * torch.randn(64, 1, dtype=torch.float64)
+        y = (x[:, :1] * x[:, 1:2]).sin() + 0.1 * torch.randn(64, 1, dtype=torch.float64)
+        self.data = x.to(device), y.to(device)
 
     def loss(self, values, rows=slice(None)):
         x, y = self.data
@@ -159,9 +161,9 @@ def steps_of(name):
     return range(STEPS.get(name, 24))
 
 
-def alone(name, count):
+def alone(name, count, device="cpu"):
     """The run of one process, whose matrices are cut as ``count`` shards cut them."""
-    problem, case = Problem(), CASES[name]
+    problem, case = Problem(device), CASES[name]
     params = [nn.Parameter(v.clone()) for v in problem.start]
     blocks = {p: rows_of(len(p), count) for p in params}
     optimizer = case.optimizer(params, blocks=blocks)
@@ -205,7 +207,7 @@ def assembled(params):
     rows = [[*map(len, torch.empty(p.shape).chunk(count)), *[0] * count][:count] for p in params]
     widths = [p.shape[1:].numel() for p in params]
     sizes = [[r[rank] * w for r, w in zip(rows, widths, strict=True)] for rank in range(count)]
-    own = torch.zeros(max(map(sum, sizes)), dtype=torch.float64)
+    own = torch.zeros(max(map(sum, sizes)), dtype=torch.float64, device=params[0].device)
     flat = torch.cat([p.detach().to_local().flatten() for p in params])
     own[: len(flat)] = flat
     found = [torch.empty_like(own) for _ in range(count)]
@@ -214,12 +216,12 @@ def assembled(params):
     return [torch.cat(parts).view(p.shape) for p, *parts in zip(params, *pieces, strict=True)]
 
 
-def together(names):
+def together(names, device="cpu"):
     """The runs of cases by the processes of the default group."""
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
     outcomes = {}
     for name in names:
-        problem, case = Problem(), CASES[name]
+        problem, case = Problem(device), CASES[name]
         params = [nn.Parameter(divided(v, mesh)) for v in problem.start]
         optimizer = case.optimizer(params)
         outcomes[name] = train(

@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 import torch.distributed.checkpoint as dcp
 from sharded_cases import CASES, PAIRS, divided, together, with_divided_state
+from sharded_lbfgs import (
+    SEARCHES,
+    failure_in_one_process,
+    goes_on_from_one_process,
+    of_a_complex_number,
+    of_a_single_row,
+    searches,
+    searches_of_replicas,
+)
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,7 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map
 
-from adaqn_cuda import AdaQN
+from adaqn_cuda import LBFGS, AdaQN, check_replicas
+
+F32, BF16 = torch.float32, torch.bfloat16
 
 OPTIONS = {
     "default": {},
@@ -128,6 +139,14 @@ def in_two(folder):
         "loaded": loaded_and_trained(folder),
         "meshes": on_meshes(),
         "mistakes": mistakes(),
+        "searches": searches(SEARCHES),
+        "searches of replicas": searches_of_replicas(("strong Wolfe", "deterministic")),
+        "from one process": goes_on_from_one_process("strong Wolfe"),
+        "single row": of_a_single_row(),
+        "failure": failure_in_one_process(),
+        "drift": drift(),
+        "complex": of_a_complex_number({"state_sharding": dist.group.WORLD}),
+        "model": search_of_a_model(),
     }
 
 
@@ -140,7 +159,35 @@ def in_three(folder):
     return {
         "cases": together(OF_THREE),
         "loaded": loaded_and_trained(folder),
+        "searches": searches(("strong Wolfe", "deterministic")),
     }
+
+
+def search_of_a_model():
+    """LBFGS on a model of fully_shard, and what goes on from its state by FQN."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    x = batches(1)[0]
+
+    def step(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model, x[own_batch()])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    model = sharded_network(mesh)
+    optimizer = LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=5)
+    step(model, optimizer)
+    state = copied(get_optimizer_state_dict(model, optimizer))
+    other = sharded_network(mesh)
+    other.load_state_dict(copied(model.state_dict()))
+    step(model, optimizer)
+    fresh = LBFGS(other.parameters(), line_search_fn="strong_wolfe", max_iter=5)
+    set_optimizer_state_dict(other, fresh, state)
+    step(other, fresh)
+    return values_of(model), values_of(other)
 
 
 # --------------------------------------------------------------------------- whole parameters
@@ -178,6 +225,26 @@ def replicas():
     steps(other)
     again = [p.detach().clone() for p in model.parameters()]
     return after, again, optimizer.stats()["state_bytes"]
+
+
+def drift():
+    """What is said of equal replicas, and of such that differ in two last places."""
+    params = [nn.Parameter(torch.ones(300, 1000, dtype=dtype)) for dtype in (F32, BF16)]
+    optimizer = AdaQN(params, history_size=2, update_interval=1)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    said = [message_of(lambda: check_replicas(optimizer))]
+    last_place = dist.get_rank()
+    optimizer.state[params[1]]["s_ring"].view(torch.int32)[0, :4, 7] += (
+        torch.tensor([1, -1, -1, 1]) * last_place
+    )
+    said.append(message_of(lambda: check_replicas(optimizer)))
+    params[0].data.view(torch.int32)[299, 996:] += torch.tensor([1, -1, -1, 1]) * last_place
+    said.append(message_of(lambda: check_replicas(optimizer)))
+    other = torch.optim.SGD(params[: 1 + dist.get_rank()])
+    return [*said, message_of(lambda: check_replicas(other))]
 
 
 # --------------------------------------------------------------------------- meshes

@@ -234,11 +234,10 @@ def test_direction_is_that_of_the_dense_matrix(init, self_scaled, fused):
     assert (history.direction - expected).norm() <= 1e-8 * expected.norm()
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
-def test_preset_beats_torch_on_a_network(fused):
+def test_preset_beats_torch_on_a_network():
     start, loss = problem("network")
     theirs = Run(torch.optim.LBFGS, start, loss, line_search_fn="strong_wolfe", max_iter=300)
-    ours = Run(LBFGS, start, loss, max_iter=300, fused=fused, **DETERMINISTIC)
+    ours = Run(LBFGS, start, loss, max_iter=300, **DETERMINISTIC)
     assert min(ours.step().losses) < min(theirs.step().losses) / 5
 
 
@@ -272,7 +271,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("fused", BACKENDS)
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("max_eval", [1, 2, 3, 7])
+@pytest.mark.parametrize("max_eval", [1, 2, 7])
 def test_resumes_bit_for_bit_after_any_evaluation(setting, max_eval, fused):
     start, loss = problem("network")
     options = dict(SETTINGS[setting], max_iter=5, max_eval=max_eval, fused=fused)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import BACKENDS
+from problems import BACKENDS, needs_library
 from recording import Recording
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -21,6 +21,11 @@ SETTINGS = {
     "deterministic": dict(DETERMINISTIC, history_size=12),
     "diagonal": dict(DETERMINISTIC, history_size=3, init="rmsprop"),
 }
+#: The reference takes long.
+ways = pytest.mark.parametrize(
+    ("setting", "fused"),
+    [("armijo", False), *(pytest.param(s, None, marks=needs_library) for s in SETTINGS)],
+)
 
 
 class Graph(Recording):
@@ -90,8 +95,7 @@ def captured(monkeypatch):
     return record
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@ways
 def test_replayed_steps_are_eager_ones(setting, fused, captured, device_decides):
     options = dict(SETTINGS[setting], fused=fused)
     eager, run = Run(**options).step(5), Run(**options).step(2)
@@ -110,8 +114,7 @@ def test_replayed_steps_are_eager_ones(setting, fused, captured, device_decides)
     assert torch.equal(run.loss, eager.loss)
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@ways
 def test_steps_are_the_same_operations_on_the_same_memory(setting, fused, device_decides):
     run = Run(**SETTINGS[setting], fused=fused).step(2)
     run.optimizer.reserve()

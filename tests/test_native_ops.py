@@ -719,8 +719,10 @@ def test_bad_arguments_are_named_before_anything_is_written(name, message, chang
 # ------------------------------------------------------------------------- torch's own checks
 
 
-@pytest.mark.parametrize("limits", [{}, LIMITS])
-@pytest.mark.parametrize("case", ["one", "double", "bfloat16 rings", "scalar", "averaged"])
+@pytest.mark.parametrize(
+    ("case", "limits"),
+    [("one", {}), ("double", LIMITS), ("bfloat16 rings", {}), ("scalar", LIMITS), ("averaged", {})],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, case, limits):
     state = prepared(name, STATES[case])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_processes
-from sharded_cases import alone
+from sharded_cases import CASES, alone, together
+from sharded_lbfgs import of_a_complex_number, searched_alone
 from sharded_models import OPTIONS, STATES, batches, fit, in_three, in_two, load, network, strips
 
 from adaqn_cuda import AdaQN
@@ -51,16 +52,27 @@ def bits(words):
     return {name: word.view(torch.int64).tolist() for name, word in words.items()}
 
 
-def test_shards_step_as_one_process_does(runs):
+def check_cases(runs, device):
     """In every case, the parameters are those of one process; the words, everywhere the same."""
     wrong = {}
-    for name in runs[0]["cases"]:
-        expected, found = alone(name, len(runs)), [run["cases"][name] for run in runs]
+    for name in runs[0]:
+        expected, found = alone(name, len(runs), device), [run[name] for run in runs]
         error = error_of(found[0].params, expected.params)
         alike = all(bits(f.words) == bits(found[0].words) for f in found)
         if not (error < 1e-9 and alike and found[0].stats == expected.stats):
             wrong[name] = error, alike, found[0].stats, expected.stats
     assert not wrong
+
+
+def test_shards_step_as_one_process_does(runs):
+    check_cases([run["cases"] for run in runs], "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_shards_on_one_gpu_step_as_one_process_does(tmp_path):
+    """What they tell each other goes by gloo, as NCCL wants a GPU for every process."""
+    check_cases(in_processes(2, together, tmp_path, list(CASES), "cuda"), "cuda")
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -140,6 +152,73 @@ def test_words_of_replicated_shards(of_two):
         for params, loss in run["meshes"].values():
             assert error_of(params, values(model)) < 1e-9
             assert loss == 0.5
+
+
+def test_replicas_that_drift_are_found(of_two):
+    for run in of_two:
+        equal, of_state, of_parameter, of_number = run["drift"]
+        assert equal == "none"
+        assert "state 's_ring' of parameter 1 differs between processes 0 and 1" in of_state
+        assert "optimizer: parameter 0 differs between processes 0 and 1" in of_parameter
+        assert "process 1 has 2 tensors and numbers, and process 0 1" in of_number
+
+
+# --------------------------------------------------------------------------- LBFGS
+
+
+def test_shards_search_as_one_process_does(runs):
+    """In every case; and they go on from what was saved to the bit, as does one process."""
+    wrong = {}
+    for name in runs[0]["searches"]:
+        expected, stats, _ = searched_alone(name, len(runs))
+        for run in runs:
+            (values, found), (again, _), between, whole = run["searches"][name]
+            error = error_of(values, expected)
+            same = all(map(torch.equal, values, again))
+            if not (error < 1e-8 and same and found == stats):
+                wrong[name] = error, same, found, stats
+        if whole is not None:
+            alone = searched_alone(name, 1, steps=1, state=whole, values=between)[0]
+            if not error_of(alone, expected) < 1e-8:
+                wrong[name, "whole"] = error_of(alone, expected)
+    assert not wrong
+
+
+def test_replicas_search_as_one_process_does(of_two):
+    for run in of_two:
+        for name, ((values, stats), (again, _)) in run["searches of replicas"].items():
+            expected, found, _ = searched_alone(name, 2)
+            assert error_of(values, expected) < 1e-8
+            assert stats == found
+            assert all(map(torch.equal, values, again))
+
+
+def test_shards_search_on_from_one_process(of_two):
+    expected, _, _ = searched_alone("strong Wolfe", 1)
+    for run in of_two:
+        assert error_of(run["from one process"][0], expected) < 1e-8
+
+
+def test_a_process_may_have_no_rows(of_two):
+    for run in of_two:
+        difference, loaded = run["single row"]
+        assert difference.abs().max() < 1e-9 and loaded
+
+
+def test_a_complex_number_is_one_row(of_two):
+    expected = of_a_complex_number({})
+    assert all(error_of(run["complex"], expected) < 1e-9 for run in of_two)
+
+
+def test_a_search_goes_on_from_a_state_by_fqn(of_two):
+    for run in of_two:
+        assert all(map(torch.equal, *run["model"]))
+
+
+def test_a_closure_that_fails_leaves_whole_parameters(of_two):
+    for run in of_two:
+        p, evaluations = run["failure"]
+        assert evaluations == 7 and p.abs().max() < 1 and torch.equal(p, of_two[0]["failure"][0])
 
 
 # --------------------------------------------------------------------------- mistakes

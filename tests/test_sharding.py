@@ -51,7 +51,7 @@ def sharded_by_columns():
         (AdaQN, sharded_by_columns, r"Shard\(dim=1\).*fully_shard"),
         (AdaQN, flat_shards, "FullyShardedDataParallel.*DistributedData"),
         (AdaQN, flat_shards_under_old_names, "FullyShardedDataParallel.*DistributedData"),
-        (LBFGS, sharded_by_rows, "DTensor.*DistributedData"),
+        (LBFGS, sharded_by_columns, r"Shard\(dim=1\).*fully_shard"),
         (LBFGS, flat_shards, "FullyShardedDataParallel.*DistributedData"),
     ],
 )

@@ -19,13 +19,14 @@ from . import bench, fit
 from .equations import EQUATIONS
 from .models import KINDS
 from .optimizers import DEFAULT_LR, IRNN_LR, NAMES, PRESETS
+from .processes import own_device
 from .train import WARMUP_SHARE, Config
 
 #: Endings of pictures that can be written without further programs.
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 #: Options, by destination, that mean something to adaqn alone.
 ADAQN_OPTIONS = ("history_size", "fisher_size", "update_interval", "init", "fused")
-ADAQN_ONLY = ("preset", "monitor", *ADAQN_OPTIONS)
+ADAQN_ONLY = ("preset", "monitor", "shard_state", *ADAQN_OPTIONS)
 
 
 class Options(argparse.Namespace):
@@ -33,6 +34,7 @@ class Options(argparse.Namespace):
 
     data = lr = warmup = save = resume = json = None
     vocab, preset, monitor, save_every = Config.vocab, Config.preset, Config.monitor, 100
+    fsdp, shard_state = Config.fsdp, Config.shard_state
 
     def given(self, name: str) -> bool:
         return name in vars(self)
@@ -76,7 +78,7 @@ norm = number(float, "a finite number >= 0", lambda x: 0 <= x < math.inf)
 
 def device(text: str) -> str:
     try:
-        torch.zeros(1, device=torch.device(text)).item()
+        torch.zeros(1, device=torch.device(own_device(text))).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({reason}); try cpu") from None
@@ -156,6 +158,16 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", nargs="?", const="", metavar="FILE",
         help="continue from FILE, or from --save's file if it is there (default: start afresh)",
+    )  # fmt: skip
+    group = train.add_argument_group("processes, under torchrun")
+    group.add_argument(
+        "--fsdp", action="store_true",
+        help="divide parameters and state among them, by fully_shard (default: "
+        "DistributedDataParallel; every process has all of both)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shard-state", action="store_true",
+        help="divide the optimizer's state only; adaqn's (default: every process has all of it)",
     )  # fmt: skip
 
 

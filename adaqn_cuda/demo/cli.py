@@ -11,12 +11,13 @@ from pathlib import Path
 
 from ..diagnosis import report
 from . import bench, checkpoint, fit
-from .arguments import ADAQN_ONLY, ADAQN_OPTIONS, Options, parser, rate
-from .conflicts import refuse_conflicts, refuse_shared_files
+from .arguments import ADAQN_ONLY, ADAQN_OPTIONS, Options, flag, parser, rate
+from .conflicts import refuse_conflicts, refuse_processes, refuse_shared_files
 from .data import Corpus, DataError, load_corpus
 from .interrupt import Interrupted, held_interrupts
 from .optimizers import NAMES
 from .plots import plot_bench, plot_comparison, plot_fit, plot_run
+from .processes import Alone, Launch, joined
 from .progress import Progress
 from .report import (
     bench_table,
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = "adaqn " + shlex.join(arguments)
     try:
+        refuse_processes(options.command)
         commands = {"train": _train, "compare": _compare, "fit": _fit, "bench": _bench}
         return commands[options.command](options, command)
     except DataError as error:
@@ -52,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(options: Options, message: str, code: int) -> int:
-    print(f"adaqn {options.command}: {message}", file=sys.stderr)
+    launch = Launch.here()
+    where = f" (process {launch.rank})" if launch and launch.rank else ""
+    print(f"adaqn {options.command}{where}: {message}", file=sys.stderr)
     return code
 
 
@@ -70,19 +74,41 @@ def _config(options: Options, optimizer: str, lr: float | None) -> Config:
 
 def _train(options: Options, command: str) -> int:
     refuse_conflicts(options, [options.optimizer])
+    with joined(options.device) as processes:
+        run = _prepared(options, processes)
+        introduce(run)
+        try:
+            result = _trained(options, run)
+        except Interrupted:
+            return _interrupted(options, run)
+        if processes.first:
+            return _presented(options, command, result)
+        return 0 if failure(result) is None else 1
+
+
+def _prepared(options: Options, processes: Alone) -> Run:
+    """A run that begins, or goes on, alike in all processes."""
     corpus = load_corpus(options.data, options.level, options.vocab)
-    run = Run(_config(options, options.optimizer, options.lr), corpus)
+    given = {flag(name): value for name, value in vars(options).items()}
+    processes.check_alike({**given, "text": corpus.fingerprint})
+    config = _config(options, options.optimizer, options.lr)
+    run = Run(config, corpus, processes=processes)
     _resume(options, run)
-    introduce(run)
-    progress = Progress(options.optimizer, run.config.steps, run.step)
+    processes.check_alike({"step": run.step})
+    return run
+
+
+def _trained(options: Options, run: Run) -> Result:
+    done = Progress(options.optimizer, run.config.steps, run.step, shown=run.processes.first)
     try:
-        with held_interrupts() as check:
-            run.on_step = progress.watcher(check)
-            result = run.train(options.save, options.save_every)
-    except Interrupted:
-        return _interrupted(options, run)
+        with held_interrupts(run.processes.any) as check:
+            run.on_step = done.watcher(check)
+            return run.train(options.save, options.save_every)
     finally:
-        progress.close()
+        done.close()
+
+
+def _presented(options: Options, command: str, result: Result) -> int:
     print(table([result]))
     write(options, command, [result])
     draw(lambda: plot_run(result, options.plot), options.plot)
@@ -106,14 +132,16 @@ def _resume(options: Options, run: Run) -> None:
 
 
 def _interrupted(options: Options, run: Run) -> int:
-    print(f"interrupted at step {run.step}", file=sys.stderr)
+    _warn(run, f"interrupted at step {run.step}")
     if options.save is not None:
-        checkpoint.save(options.save, run.state_dict())
-        print(
-            f"saved to {options.save}; continue with the same command and --resume",
-            file=sys.stderr,
-        )
+        run.save(options.save)
+        _warn(run, f"saved to {options.save}; continue with the same command and --resume")
     return 130
+
+
+def _warn(run: Run, text: str) -> None:
+    if run.processes.first:
+        print(text, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------- compare

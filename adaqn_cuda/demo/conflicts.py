@@ -7,6 +7,7 @@ from pathlib import Path
 from .arguments import ADAQN_ONLY, Options, flag
 from .data import DataError
 from .optimizers import PRESETS
+from .processes import BACKENDS, Launch
 
 
 def refuse_conflicts(options: Options, optimizers: list[str]) -> None:
@@ -31,6 +32,49 @@ def refuse_conflicts(options: Options, optimizers: list[str]) -> None:
             "--warmup or raise --steps"
         )
     refuse_shared_files(options)
+    if options.command == "train":
+        _refuse_division(options)
+
+
+def refuse_processes(command: str) -> None:
+    """Raise for a command that several processes would each run for itself, into one file.
+
+    Raises:
+        DataError: the message says how to start it.
+    """
+    launch = Launch.here()
+    if launch is not None and launch.count > 1 and command != "train":
+        raise DataError(
+            f"WORLD_SIZE={launch.count}: several processes do adaqn train only; start this one "
+            "without torchrun"
+        )
+
+
+def _refuse_division(options: Options) -> None:
+    """What processes cannot divide, and what there is nobody to divide among."""
+    launch = Launch.here()
+    if options.fsdp and options.shard_state:
+        raise DataError("--fsdp divides the state, too; leave --shard-state out")
+    for name in ("fsdp", "shard_state"):
+        if options.given(name) and launch is None:
+            raise DataError(
+                f"{flag(name)} is for several processes; start them by torchrun "
+                f"--nproc-per-node N -m adaqn_cuda train {flag(name)} ..."
+            )
+    if options.fsdp and options.optimizer == "lbfgs":
+        raise DataError("--fsdp: --optimizer lbfgs takes whole parameters; leave --fsdp out")
+    if launch is None:
+        return
+    if options.device not in BACKENDS:
+        raise DataError(
+            f"--device {options.device}: under torchrun expected {' or '.join(BACKENDS)}; with "
+            "cuda, every process takes a GPU of its own"
+        )
+    if options.batch % launch.count:
+        raise DataError(
+            f"--batch {options.batch} cannot be divided evenly among {launch.count} processes; "
+            f"give a multiple of {launch.count}"
+        )
 
 
 def _refuse_without_pairs(options: Options) -> None:

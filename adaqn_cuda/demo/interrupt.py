@@ -13,10 +13,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], None]]:
+def held_interrupts(agreed: Callable[[bool], bool] = bool) -> Iterator[Callable[[], None]]:
     """Hold Ctrl-C back until the yielded function is called, which then raises Interrupted.
 
     A second Ctrl-C does not wait.  Where SIGINT is ignored or somebody else's, it stays so.
+
+    Args:
+        agreed: makes one decision of those of several processes, which call the yielded function
+            after the same steps, whether or not their Ctrl-C is held.
     """
     pending = False
 
@@ -27,7 +31,7 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
         pending = True
 
     def check() -> None:
-        if pending:
+        if agreed(pending):
             raise Interrupted
 
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 KINDS = ("lstm", "gru", "tanh", "irnn")
@@ -53,12 +54,17 @@ class RecurrentLM(nn.Module):
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 
+def map_hidden(function: Callable[[Tensor], Tensor], state: Hidden) -> Hidden:
+    """``function`` of the state, or of both tensors of an LSTM's."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else function(state)
+    h, c = state
+    return function(h), function(c)
+
+
 def detach(state: Hidden) -> Hidden:
     """The state without its history."""
-    if state is None or isinstance(state, torch.Tensor):
-        return state if state is None else state.detach()
-    h, c = state
-    return h.detach(), c.detach()
+    return map_hidden(Tensor.detach, state)
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:

@@ -21,13 +21,18 @@ class Advancing(Protocol):
 
 
 class Progress:
-    """What has been done of how many steps; :meth:`watcher` makes the ``on_step`` of a run."""
+    """What has been done of how many steps; :meth:`watcher` makes the ``on_step`` of a run.
 
-    def __init__(self, label: str, steps: int, done: int = 0, unit: str = "step") -> None:
-        self.label, self.steps, self.unit = label, steps, unit
+    Nothing is seen of it unless it is ``shown``.
+    """
+
+    def __init__(
+        self, label: str, steps: int, done: int = 0, unit: str = "step", shown: bool = True
+    ) -> None:
+        self.label, self.steps, self.unit, self.shown = label, steps, unit, shown
         self.looked = self.printed = 0.0
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
@@ -42,7 +47,7 @@ class Progress:
             if now - self.looked > LOOK_EVERY:
                 self.looked = now
                 self.bar.set_postfix_str(run.status())
-        elif now - self.printed > LINE_EVERY:
+        elif self.shown and now - self.printed > LINE_EVERY:
             self.printed = now
             rate = run.step / max(run.seconds, 1e-9)
             line = f"{self.label}: {self.unit} {run.step}/{self.steps}, {rate:.1f} {self.unit}s/s, "

@@ -26,7 +26,19 @@ def introduce(run: Run) -> None:
         f"data   {corpus.name}: {sizes} {corpus.level}s to train / validate / test, "
         f"vocabulary {result.vocabulary}, guessing is {math.log(result.vocabulary):.3f} nats"
     )
-    print(f"model  {run.config.model}, {result.parameters:,} parameters, on {run.config.device}")
+    print(
+        f"model  {run.config.model}, {result.parameters:,} parameters, on {run.config.device}"
+        + _division(run.config, result.processes)
+    )
+
+
+def _division(config: Config, processes: int) -> str:
+    """What each of several processes has."""
+    if processes == 1:
+        return ""
+    state = "the state is divided" if config.shard_state else "each has all of it"
+    what = "parameters and state are divided" if config.fsdp else state
+    return f", in {processes} processes: {what}"
 
 
 def table(results: list[Result]) -> str:

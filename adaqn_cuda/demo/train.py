@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import AdaQN
-from . import checkpoint
+from . import checkpoint, divided
 from .data import Batches, Corpus, DataError
-from .models import STATELESS, Hidden, RecurrentLM, detach, loss_of
+from .models import STATELESS, Hidden, RecurrentLM, detach, loss_of, map_hidden
 from .optimizers import PRESETS, default_lr, make_optimizer
+from .processes import Alone, own_device
 
 #: Symbols of the validation text that an evaluation looks at.
 VALID_SYMBOLS = 50_000
@@ -50,11 +51,18 @@ class Config:
     preset: str = "default"
     monitor: int = 0
     adaqn: dict[str, Any] = field(default_factory=dict)
+    fsdp: bool = False
+    shard_state: bool = False
 
     @property
     def rate(self) -> float:
         """Peak lr."""
         return default_lr(self.optimizer, self.model) if self.lr is None else self.lr
+
+    @property
+    def divided(self) -> bool:
+        """Whether every process has a part of the optimizer's state only."""
+        return self.fsdp or self.shard_state
 
     @property
     def warmup_steps(self) -> int:
@@ -76,6 +84,7 @@ class Result:
         seconds: wall time of the training steps.
         optimizer_share: part of it spent in the optimizer's step.
         stats: the optimizer's own, for adaqn.
+        processes: how many shared the work.
     """
 
     config: dict[str, Any]
@@ -88,6 +97,7 @@ class Result:
     seconds: float = 0.0
     optimizer_share: float = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
 
     def summary(self) -> dict[str, float]:
         """The validation loss as people quote it."""
@@ -107,21 +117,34 @@ class Run:
         config: what to run.
         corpus: the data.
         on_step: called after every step with the run, for progress bars.
+        processes: those that make the run together; with the same batches, the losses are those of
+            one process up to rounding, and up to where matrices are cut that are divided.
     """
 
     def __init__(
-        self, config: Config, corpus: Corpus, on_step: Callable[[Run], None] | None = None
+        self,
+        config: Config,
+        corpus: Corpus,
+        on_step: Callable[[Run], None] | None = None,
+        processes: Alone | None = None,
     ) -> None:
         self.config, self.corpus, self.on_step = config, corpus, on_step
-        self.device = torch.device(config.device)
+        self.processes = processes or Alone()
+        self.device = torch.device(own_device(config.device))
         torch.manual_seed(config.seed)
         vocabulary = len(corpus.vocabulary)
         self.model = self._make_model(vocabulary)
+        self.parallel = self.processes.parallel(self.model, config.fsdp)
         self.batches = Batches(corpus.train, config.batch, config.bptt, "training text")
         valid_streams = min(config.batch, max(1, len(corpus.valid) // (4 * config.bptt)))
         self.valid = Batches(
             corpus.valid, valid_streams, config.bptt, "validation text", "lower --bptt"
         )
+        if valid_streams < self.processes.count:
+            raise DataError(
+                f"the validation text has {len(corpus.valid):,} symbols, too few for "
+                f"{self.processes.count} processes; lower --bptt, or start fewer"
+            )
         self.optimizer = self._make_optimizer()
         if config.monitor:
             self._watch(config.monitor)
@@ -129,7 +152,9 @@ class Run:
         self.step, self.train_loss, self.seconds, self.optimizer_seconds = 0, math.nan, 0.0, 0.0
         self.recent: deque[float] = deque(maxlen=100)
         numel = sum(p.numel() for p in self.model.parameters())
-        self.result = Result(asdict(config), corpus.name, vocabulary, numel)
+        self.result = Result(
+            asdict(config), corpus.name, vocabulary, numel, processes=self.processes.count
+        )
 
     def _make_model(self, vocabulary: int) -> RecurrentLM:
         config = self.config
@@ -146,6 +171,8 @@ class Run:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         options = {**PRESETS[config.preset], **config.adaqn}
+        if config.shard_state:
+            options["state_sharding"] = self.processes.group
         try:
             return make_optimizer(config.optimizer, self.model, config.rate, options)
         except (RuntimeError, ValueError) as error:
@@ -176,19 +203,19 @@ class Run:
             if self.step % every == 0 and self.step < self.config.steps:
                 self._record()
             if save is not None and self.step % save_every == 0:
-                checkpoint.save(save, self.state_dict())
+                self.save(save)
             if self.on_step is not None:
                 self.on_step(self)
         self.finish()
         if save is not None:
-            checkpoint.save(save, self.state_dict())
+            self.save(save)
         return self.result
 
     def _step(self) -> None:
         began = time.perf_counter()
         if self.batches.at_start():
             self.hidden = None
-        inputs, targets = (t.to(self.device) for t in self.batches.next())
+        inputs, targets = self._next_of(self.batches)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate * self._schedule()
         if self.config.optimizer == "lbfgs":
@@ -200,6 +227,11 @@ class Run:
         self.step += 1
         self.seconds += time.perf_counter() - began
         self.optimizer_seconds += spent
+
+    def _next_of(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this process."""
+        inputs, targets = (self.processes.own(t).to(self.device) for t in batches.next())
+        return inputs, targets
 
     def _schedule(self) -> float:
         """Factor on the lr of the next step: warm-up, then constant or down to zero."""
@@ -215,13 +247,13 @@ class Run:
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        logits, hidden = self.model(inputs, self.hidden)
+        logits, hidden = self.parallel(inputs, self.hidden)
         loss = loss_of(logits, targets)
         loss.backward()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self._next_hidden = self._carried(hidden)
-        return loss.detach()
+        return self.processes.total(loss.detach() / self.processes.count)
 
     def _carried(self, hidden: Hidden) -> Hidden:
         """The state that the next stretch of text starts from."""
@@ -289,11 +321,12 @@ class Run:
         per_batch = self.valid.bptt * self.valid.inputs.shape[1]
         count = max(1, min(len(self.valid), VALID_SYMBOLS // per_batch))
         for _ in range(count):
-            inputs, targets = (t.to(self.device) for t in self.valid.next())
+            inputs, targets = self._next_of(self.valid)
             logits, hidden = self.model(inputs, self._carried(hidden))
             total += float(loss_of(logits, targets))
         self.model.train()
-        return total / count
+        share = inputs.shape[1] / self.valid.inputs.shape[1]
+        return float(sum(self.processes.every(total * share))) / count
 
     def _watch(self, sequences: int) -> None:
         """Hold ``sequences`` stretches of the training text fixed and monitor the loss on them."""
@@ -348,14 +381,23 @@ class Run:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, for which all processes tell the first one what they have."""
+        content = self.state_dict()
+        if self.processes.first:
+            checkpoint.save(path, content)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on, in all processes."""
+        optimizer: Any = self.optimizer.state_dict()
+        if self.config.divided:
+            optimizer = divided.parts_of_all(optimizer, self.processes)
         return {
             "config": asdict(self.config),
             "fingerprint": self.corpus.fingerprint,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "hidden": self.hidden,
+            "model": divided.whole_parameters(self.model),
+            "optimizer": optimizer,
+            "hidden": map_hidden(self.processes.all_streams, self.hidden),
             "step": self.step,
             "position": self.batches.position,
             "recent": list(self.recent),
@@ -378,9 +420,13 @@ class Run:
             raise DataError(f"--resume: the checkpoint was made with other options ({told})")
         if saved["fingerprint"] != self.corpus.fingerprint:
             raise DataError("--resume: the checkpoint was made with other data")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.hidden, self.step = saved["hidden"], saved["step"]
+        optimizer = saved["optimizer"]
+        if self.config.divided:
+            optimizer = divided.own_parts(optimizer, self.model, self.processes)
+        divided.load_parameters(self.model, saved["model"])
+        self.optimizer.load_state_dict(optimizer)
+        self.hidden = map_hidden(self.processes.own, saved["hidden"])
+        self.step = saved["step"]
         self.batches.position = saved["position"]
         self.recent.extend(saved["recent"])
         self.result.curve = saved["curve"]

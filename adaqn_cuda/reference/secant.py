@@ -34,6 +34,8 @@ The others are those of the package.  ``projections`` hold u_i = s_i.q, and thei
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
@@ -174,20 +176,87 @@ def secant_pair(
 
     s.y > ``absolute`` and s.y > ``relative`` |s| |y|.  All products are of the vectors as stored.
     """
-    slots = s_ring.shape[0]
-    accepted, forget = words[Word.TURN] == Turn.ACCEPT, words[Word.TURN] == Turn.FORGET
-    free = free_slot(counters, slots)
+    s, y, _ = put_candidate(trial, direction, gradient, s_ring, y_ring, counters, words)
+    column, u = (s_ring.to(x.dtype) @ x for x in (y, -gradient))
+    sums = candidate_sums(s, y, gradient)
+    judge_candidate(
+        column.double(), u.double(), sums, absolute, relative, self_scaled, gram, scales,
+        projections, counters, words,
+    )  # fmt: skip
+
+
+def put_candidate(
+    trial: Tensor,
+    direction: Tensor,
+    gradient: Tensor,
+    s_ring: Tensor,
+    y_ring: Tensor,
+    counters: Tensor,
+    words: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the accepted trial's s and y where there is room, and its gradient in its place.
+
+    Returns:
+        s and y as stored, and whether they are finite; unless they are, both are zero.
+    """
+    accepted, free = words[Word.TURN] == Turn.ACCEPT, free_slot(counters, len(s_ring))
     s = (words[Word.STEP].to(direction.dtype) * direction).to(s_ring.dtype)
     y = (trial - gradient).to(y_ring.dtype)
     finite = s.isfinite().all() & y.isfinite().all()
     s, y = torch.where(finite, s, 0.0), torch.where(finite, y, 0.0)
     for ring, row in ((s_ring, s), (y_ring, y)):
         ring.index_copy_(0, free, torch.where(accepted, row, ring.index_select(0, free)))
-    s, y = s.to(trial.dtype), y.to(trial.dtype)
-    s_y, y_y = product(s, y), product(y, y)
-    column = torch.cat([(s_ring.to(y.dtype) @ y).double(), y_y[None]])
-    column.index_copy_(0, free, s_y[None])
-    bound = relative * (product(s, s) * y_y).sqrt()
+    gradient.copy_(torch.where(accepted, trial, gradient))
+    return s.to(trial.dtype), y.to(trial.dtype), finite
+
+
+class Sum(IntEnum):
+    """Words of :func:`candidate_sums`; g is the next gradient, and q = -g."""
+
+    S_Y = 0
+    Y_Y = 1
+    S_S = 2
+    S_Q = 3
+    NONZERO = 4
+    """Number of elements of g that are not zero."""
+    G_G = 5
+
+
+def candidate_sums(s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    """What a candidate is judged by, beside its products with the pairs."""
+    g = gradient
+    return torch.stack([
+        product(s, y), product(y, y), product(s, s), -product(s, g), (g != 0).sum().double(),
+        product(g, g),
+    ])  # fmt: skip
+
+
+def judge_candidate(
+    column: Tensor,
+    u: Tensor,
+    sums: Tensor,
+    absolute: float,
+    relative: float,
+    self_scaled: bool,
+    gram: Tensor,
+    scales: Tensor,
+    projections: Tensor,
+    counters: Tensor,
+    words: Tensor,
+) -> None:
+    """Store the candidate if its curvature exceeds both bounds.
+
+    Args:
+        column: s_i.y by slot.
+        u: s_i.q by slot.
+        sums: see :func:`candidate_sums`.
+    """
+    slots = gram.shape[1]
+    accepted, forget = words[Word.TURN] == Turn.ACCEPT, words[Word.TURN] == Turn.FORGET
+    free = free_slot(counters, slots)
+    s_y, y_y = sums[Sum.S_Y], sums[Sum.Y_Y]
+    column = torch.cat([column.index_copy(0, free, s_y[None]), y_y[None]])
+    bound = relative * (sums[Sum.S_S] * y_y).sqrt()
     store = accepted & (s_y > absolute) & (s_y > bound) & column.isfinite().all()
 
     kept = gram.index_select(1, free)[:, 0]
@@ -200,17 +269,16 @@ def secant_pair(
     words[Word.CURVATURE] = torch.where(accepted, s_y, words[Word.CURVATURE])
     words[Word.SQUARE] = torch.where(accepted, y_y, words[Word.SQUARE])
 
-    gradient.copy_(torch.where(accepted, trial, gradient))
+    u = finite_or_zero(u.index_copy(0, free, sums[Sum.S_Q][None]))
     count_pair(counters, slots, accepted, store, forget)
     order, valid = age_order(counters, slots)
     holds = torch.zeros_like(valid).index_copy_(0, order, valid)
-    u = finite_or_zero((s_ring.to(gradient.dtype) @ -gradient).double())
     u = torch.where(holds, u, 0.0)
     projections[:slots] = torch.where(accepted | forget, u, projections[:slots])
     flags = (
         (Flag.NONFINITE, words[Word.TRIAL_NONFINITE]),
-        (Flag.NONZERO, (gradient != 0).sum().double()),
-        (Flag.SQUARE, product(gradient, gradient)),
+        (Flag.NONZERO, sums[Sum.NONZERO]),
+        (Flag.SQUARE, sums[Sum.G_G]),
     )
     for flag, value in flags:
         projections[flag] = torch.where(accepted, value, projections[flag])

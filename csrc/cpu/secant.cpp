@@ -15,7 +15,7 @@ namespace {
 /// threads.  Independent of their number, and with it every sum.
 int64_t chunk_length(int64_t size) {
   constexpr int64_t tasks = 16, step = 512;
-  const int64_t steps = (size + tasks * step - 1) / (tasks * step);
+  const int64_t steps = std::max<int64_t>((size + tasks * step - 1) / (tasks * step), 1);
   return std::min(steps * step, kBlock);
 }
 
