@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 from torch.optim import Optimizer
 
@@ -10,7 +10,13 @@ from .adaqn import AdaQN
 from .lbfgs import LBFGS
 
 
-def unwrap(optimizer: Any) -> AdaQN | LBFGS:
+@overload
+def unwrap(optimizer: AdaQN) -> AdaQN: ...
+@overload
+def unwrap(optimizer: LBFGS) -> LBFGS: ...
+@overload
+def unwrap(optimizer: Any) -> Any: ...  # a checker cannot know which of the two is in a wrapper
+def unwrap(optimizer: Any) -> Any:
     """Returns the optimizer of this package that a trainer or a scheduler holds.
 
     Trainers hand out wrappers: ``Accelerator.prepare`` of Accelerate, ``self.optimizers()`` of

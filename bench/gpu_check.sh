@@ -107,6 +107,8 @@ attempt "tests of whole optimizers" 90 tests tests/test_cuda.py -k "$whole"
 attempt "benchmark of the default" 100 benchmark default \
     --optimizers "default|blocks of 64|Adam fused" --cases "1e[57]|LSTM|tensors"
 attempt "all other tests" 240 tests tests/test_cuda.py tests/test_products.py -k "not ($whole)"
+attempt "torch's suites and checkpoints" 180 tests tests/test_torch_suite.py tests/test_groups.py \
+    tests/test_checkpoint.py tests/test_offload.py tests/test_safetensors.py
 attempt "benchmark" 200 benchmark step
 for tool in memcheck racecheck synccheck initcheck; do
     attempt "compute-sanitizer $tool" 90 sanitize $tool

@@ -72,7 +72,8 @@ def make_model(how: str, device: torch.device) -> nn.Module:
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def make_optimizer(model: nn.Module, how: str) -> AdaQN:
@@ -98,11 +99,10 @@ def resume(model: nn.Module, optimizer: AdaQN, folder: Path) -> int:
     complete = [int(path.parent.name) for path in folder.glob("*/.metadata")]
     if not complete:
         return 0
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=folder / str(max(complete)))
-    set_state_dict(
-        model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
-    )
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    states = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(states, checkpoint_id=folder / str(max(complete)))  # into what they hold
+    set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
     return max(complete)
 
 

@@ -39,6 +39,18 @@ needs_library = pytest.mark.skipif(
 both_backends = pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_library)])
 #: The same as values of ``fused``, of which ``None`` takes the best there is.
 BACKENDS = [False, pytest.param(None, marks=needs_library)]
+#: Devices with native kernels: the CPU and, where there is one, a GPU.
+DEVICES = ["cpu"]
+#: The same as values of ``fused`` and of a device, after the reference.
+PLACES = [
+    pytest.param(False, "cpu", id="reference"),
+    pytest.param(None, "cpu", id="cpu", marks=needs_library),
+]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+    PLACES.append(pytest.param(None, "cuda", id="cuda", marks=pytest.mark.cuda))
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_place = pytest.mark.parametrize(("fused", "device"), PLACES)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -75,19 +87,20 @@ def trajectory(name: str) -> Tensor:
         )
 
 
-def random_parameters(shapes, dtype=torch.float32, seed=0) -> list[torch.nn.Parameter]:
+def random_parameters(
+    shapes, dtype=torch.float32, seed=0, device="cpu"
+) -> list[torch.nn.Parameter]:
+    """The same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for shape in shapes
-    ]
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [torch.nn.Parameter(value.to(device, dtype)) for value in values]
 
 
 def set_gradients(params, step: int) -> None:
     """Deterministic gradients of a slightly curved bowl with noise, in the parameters' dtype."""
     for index, p in enumerate(params):
         generator = torch.Generator().manual_seed(7919 * step + index)
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
         p.grad = (0.3 + 0.1 * index) * p.detach() + 0.2 * noise
 
 

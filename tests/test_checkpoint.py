@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from problems import plain_adaqn, random_parameters, set_gradients
+from problems import every_device, plain_adaqn, random_parameters, set_gradients
 from torch import nn
 
 SHAPES = [(3, 4), (), (5,), (0, 2)]
@@ -41,16 +41,17 @@ def round_trip(state_dict):
     return torch.load(file, weights_only=True)
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["rmsprop", "scalar"])
 @pytest.mark.parametrize("saved_at", [0, 1, 4, 6, 7, 12, 13, 17])
-def test_resumed_run_continues_bit_for_bit(dtype, init, saved_at):
+def test_resumed_run_continues_bit_for_bit(dtype, init, saved_at, device):
     """Before the first step, between pair updates, after a dropped step, after a reset (12)."""
     options = dict(OPTIONS, init=init, history_dtype=torch.bfloat16)
-    straight = plain_adaqn(random_parameters(SHAPES, dtype), **options)
+    straight = plain_adaqn(random_parameters(SHAPES, dtype, device=device), **options)
     expected = advance(straight, 0, 30)
 
-    params = random_parameters(SHAPES, dtype)
+    params = random_parameters(SHAPES, dtype, device=device)
     first = plain_adaqn(params, **options)
     advance(first, 0, saved_at)
     if saved_at == 12:
@@ -82,10 +83,11 @@ def test_loaded_state_keeps_its_dtype_and_its_own_memory():
     assert second.stats()["stored"] == 70001
 
 
+@every_device
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 @pytest.mark.parametrize("steps", [0, 9])
-def test_copies_continue_on_their_own(copier, steps):
-    params = random_parameters(SHAPES)
+def test_copies_continue_on_their_own(copier, steps, device):
+    params = random_parameters(SHAPES, device=device)
     original = plain_adaqn(params, **OPTIONS)
     advance(original, 0, steps)
     original.monitor = None

@@ -16,7 +16,8 @@ from adaqn_cuda import ops
 ROOT = Path(__file__).parents[1]
 STAGES = [
     "build", "tests of whole optimizers", "benchmark of the default", "all other tests",
-    "benchmark", *(f"compute-sanitizer {t}check" for t in ("mem", "race", "sync", "init")),
+    "torch's suites and checkpoints", "benchmark",
+    *(f"compute-sanitizer {t}check" for t in ("mem", "race", "sync", "init")),
 ]  # fmt: skip
 
 #: Python on a machine with a GPU; of tests and benchmarks it notes the arguments.

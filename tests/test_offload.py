@@ -1,6 +1,6 @@
 """What libraries do to optimizers to move them: it goes on to the bit, or says why not.
 
-A copy stands for a tensor on another device, and a tensor on ``meta`` for one that has been let go.
+Without a GPU, a copy stands for a tensor elsewhere, and one on ``meta`` for what was let go.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from problems import every_device
 from torch import nn
 
 from adaqn_cuda import DETERMINISTIC, LBFGS, AdaQN
@@ -28,9 +29,9 @@ every_optimizer = pytest.mark.parametrize("name", MAKES)
 class Run:
     """A small network's fit to all data; its state may have been looked at after some steps."""
 
-    def __init__(self, name, steps=5, looked_at=False):
+    def __init__(self, name, device="cpu", steps=5, looked_at=False):
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(device)
         self.optimizer = MAKES[name](self.model.parameters())
         self.step(steps)
         if looked_at:
@@ -62,9 +63,9 @@ class Run:
 
 
 @cache
-def undisturbed(name):
+def undisturbed(name, device="cpu"):
     """A run of as many steps, which nobody has touched."""
-    run = Run(name)
+    run = Run(name, device)
     run.step()
     return run
 
@@ -127,9 +128,19 @@ def assign_data(run):
         p.data = p.data.clone()
 
 
+def model_there_and_back(run):
+    device = run.params[0].device
+    run.model.cpu()
+    run.optimizer.state_dict()
+    run.model.to(device)
+
+
 EXACT = {
     "replaced": replace(torch.clone),
     "data": replace_data(torch.clone),
+    "left on the CPU": replace(torch.Tensor.cpu),
+    "data on the CPU": replace_data(torch.Tensor.cpu),
+    "model there and back": model_there_and_back,
     "there and back": there_and_back,
     "loaded": load_a_copy,
     "let go and loaded": let_go_and_load,
@@ -140,10 +151,11 @@ EXACT = {
 
 @pytest.mark.parametrize("idiom", EXACT)
 @every_optimizer
-def test_what_is_moved_goes_on_to_the_bit(name, idiom):
-    other = undisturbed(name)
+@every_device
+def test_what_is_moved_goes_on_to_the_bit(name, idiom, device):
+    other = undisturbed(name, device)
     for looked_at in (False, True):
-        run = Run(name, looked_at=looked_at)
+        run = Run(name, device, looked_at=looked_at)
         EXACT[idiom](run)
         run.step()
         assert all(map(torch.equal, run.moved(), other.moved()))
@@ -196,8 +208,9 @@ def test_state_that_has_lost_its_numbers_is_refused(name, idiom):
 
 @pytest.mark.parametrize(("swaps", "looked_at"), [(False, True), (True, False)])
 @every_optimizer
-def test_a_model_that_changes_its_dtype_takes_the_state_along(name, swaps, looked_at):
-    run = Run(name, looked_at=looked_at)
+@every_device
+def test_a_model_that_changes_its_dtype_takes_the_state_along(name, swaps, looked_at, device):
+    run = Run(name, device, looked_at=looked_at)
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(swaps)
     try:

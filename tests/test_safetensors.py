@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_inputs import INPUTS
-from problems import random_parameters, set_gradients
+from problems import every_device, random_parameters, set_gradients
 
 from adaqn_cuda import LBFGS, AdaQN, flatten_state_dict, unflatten_state_dict
 from adaqn_cuda.plain import STRUCTURE
@@ -66,9 +66,11 @@ def through_file(tensors, metadata, path):
         return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
 
 
+@every_device
 @pytest.mark.parametrize(("make", "name"), SUBJECTS)
-def test_a_run_goes_on_to_the_bit(make, name, tmp_path):
-    params = random_parameters(SHAPES)
+def test_a_run_goes_on_to_the_bit(make, name, tmp_path, device):
+    """The tensors come back on the CPU, wherever they were."""
+    params = random_parameters(SHAPES, device=device)
     first = make_optimizer(make, name, params)
     train(first, params, 0, 7)
     saved = first.state_dict()

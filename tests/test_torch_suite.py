@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from optimizer_inputs import ADAQN, INPUTS, Subject, every_pair, optimizer_info
-from problems import BACKENDS, needs_library
+from problems import PLACES, every_device, every_place, needs_library
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, lr_scheduler
@@ -84,10 +84,12 @@ both_kinds = pytest.mark.parametrize(
     "subject",
     [
         pytest.param(
-            Subject(make, "default", {}, fused), id=f"{make.__name__}-{fused}", marks=marks
+            Subject(make, "default", {}, *place.values),
+            id=f"{make.__name__}-{place.id}",
+            marks=place.marks,
         )
         for make in INPUTS
-        for fused, marks in ((False, []), (None, [needs_library]))
+        for place in PLACES
     ],
 )
 
@@ -167,18 +169,19 @@ def test_forloop_goes_right_direction_with_schedulers(subject):
 
 
 @needs_library
-def test_every_pair_of_options_goes_right_direction():
+@every_device
+def test_every_pair_of_options_goes_right_direction(device):
     """One by one and not all at once, as torch has them."""
     for options in every_pair(ADAQN):
-        line = Line(Subject(AdaQN, "a pair", options, None))
+        line = Line(Subject(AdaQN, "a pair", options, None, device))
         first = line.closure().item()
         line.step(4)
         line.assert_progress(first)
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
-def test_param_group_with_lrscheduler_goes_right_direction(fused):
-    subject = Subject(AdaQN, "groups", {}, fused)
+@every_place
+def test_param_group_with_lrscheduler_goes_right_direction(fused, device):
+    subject = Subject(AdaQN, "groups", {}, fused, device)
     line = Line(subject, lambda params: [{"params": params[0]}, {"params": params[1], "lr": 0.01}])
     scheduler = lr_scheduler.ExponentialLR(line.optimizer, 0.9)
     first = line.closure().item()
@@ -637,7 +640,7 @@ def test_load_state_dict_hooks(subject, stepped):
 @both_kinds
 def test_step_hooks(subject):
     """Of one optimizer and of all of them, in order, and none once they are removed."""
-    params, seen = [torch.tensor([1.0, 1.0])], []
+    params, seen = [torch.tensor([1.0, 1.0], device=subject.device)], []
     mine, other = subject.on(params), SGD(params)
 
     def note(word):
@@ -702,7 +705,7 @@ def suite():
 def test_errors(subject, suite):
     """Those that torch's suite has for all optimizers, in the same words."""
     info = optimizer_info(subject.make)
-    errors = info.optim_error_inputs_func(device="cpu", dtype=F32)
+    errors = info.optim_error_inputs_func(device=subject.device, dtype=F32)
     assert len(errors) > 3
     for error in errors:
         given = error.optimizer_error_input
@@ -711,19 +714,20 @@ def test_errors(subject, suite):
             error.error_type, match=error.error_regex
         )
         with expected:
-            params = [Parameter(torch.ones(1))] if given.params is None else given.params
-            subject.make(params, **given.kwargs)
+            fresh = [Parameter(torch.ones(1, device=subject.device))]
+            subject.make(fresh if given.params is None else given.params, **given.kwargs)
 
 
 @needs_library
+@every_device
 @pytest.mark.parametrize("make", INPUTS)
-def test_inputs_with_every_flag(make, suite):
+def test_inputs_with_every_flag(make, device, suite):
     """As torch's suite enumerates them from an ``OptimizerInfo``."""
     enumerate_inputs = suite._get_optim_inputs_including_global_cliquey_kwargs
-    found = enumerate_inputs("cpu", F32, optimizer_info(make), skip=("differentiable",))
+    found = enumerate_inputs(device, F32, optimizer_info(make), skip=("differentiable",))
     assert {given.kwargs["fused"] for given in found} == {False, True}
     for given in found:
-        line = Line(Subject(make, given.desc, given.kwargs, None))
+        line = Line(Subject(make, given.desc, given.kwargs, None, device))
         first = line.closure().item()
         line.step(2)
         line.assert_progress(first)
@@ -773,12 +777,13 @@ def rates_of(optimizer):
 
 
 @needs_library
+@every_device
 @pytest.mark.parametrize("make", INPUTS)
 @pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_steps_follow_the_scheduler(make, rate, name):
+def test_steps_follow_the_scheduler(make, rate, name, device):
     """A step takes the rate that the scheduler has left, and the state resumes with both."""
-    subject = Subject(make, name, {"lr": rate}, None)
+    subject = Subject(make, name, {"lr": rate}, None, device)
     rate = subject.own()["lr"]
     line, twin = Line(subject, lr=rate), Line(subject, lr=0.01)
     scheduler = SCHEDULERS[name](line.optimizer)
@@ -799,12 +804,12 @@ def test_steps_follow_the_scheduler(make, rate, name):
     assert rates_of(other.optimizer) == pytest.approx(rates_of(line.optimizer))
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
+@every_place
 @pytest.mark.parametrize("name", CYCLES)
-def test_momentum_may_cycle(fused, name):
+def test_momentum_may_cycle(fused, device, name):
     """Schedulers that know ``momentum`` change it in every group, each its own."""
     line = Line(
-        Subject(AdaQN, name, {}, fused),
+        Subject(AdaQN, name, {}, fused, device),
         lambda params: [{"params": params[0]}, {"params": params[1], "momentum": 0.5}],
     )
     first = line.closure().item()
@@ -864,15 +869,15 @@ def test_plateaus_lower_the_rate(subject):
     assert scheduler.get_last_lr() == rates_of(line.optimizer)
 
 
-@pytest.mark.parametrize("fused", BACKENDS)
-def test_a_group_that_joins_gets_its_rate_from_schedulers_made_later(fused):
-    line = Line(Subject(AdaQN, "groups", {}, fused))
+@every_place
+def test_a_group_that_joins_gets_its_rate_from_schedulers_made_later(fused, device):
+    line = Line(Subject(AdaQN, "groups", {}, fused, device))
     scheduler = lr_scheduler.ExponentialLR(line.optimizer, 0.5)
     line.step()
     scheduler.step()
-    late = Parameter(torch.ones(3))
+    late = Parameter(torch.ones(3, device=device))
     line.optimizer.add_param_group({"params": [late], "lr": 0.1, "initial_lr": 0.1})
-    late.grad = torch.ones(3)
+    late.grad = torch.ones(3, device=device)
     line.optimizer.step()
     later = lr_scheduler.ExponentialLR(line.optimizer, 0.5)
     later.step()
@@ -900,8 +905,8 @@ def test_swa_rates_anneal_in_every_group(subject, anneal):
 def test_averaged_model(subject, kind):
     """Averages of what the optimizer, which writes in place, has made of the parameters."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    x, target = torch.randn(16, 3), torch.randn(16, 2)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(subject.device)
+    x, target = (torch.randn(16, n, device=subject.device) for n in (3, 2))
     how = dict(multi_avg_fn=get_ema_multi_avg_fn(0.5)) if kind == "decay" else {}
     average = AveragedModel(model, **how)
     optimizer = subject.on(model.parameters())

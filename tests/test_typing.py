@@ -1,4 +1,4 @@
-"""Types: what checkers say of the package, of the README's examples, and of mistakes."""
+"""Types: what checkers say of the package, of the README's and other examples, and of mistakes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ x = y = held_x = held_y = torch.zeros(3)
 #: What no example of the README shows, and must be accepted all the same.
 FURTHER = """
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from adaqn_cuda import hessian
+from adaqn_cuda import hessian, unwrap
 
 by_hand = {p: 1 for p in model.parameters()}
 optimizer = AdaQN(model.named_parameters(), lr=torch.tensor(0.1), blocks=by_hand)
@@ -35,6 +36,9 @@ optimizer = AdaQN([{"params": model.parameters(), "weight_decay": 0.1}], blocks=
 Vectors = Mapping[Tensor, Tensor]
 times: Callable[[Vectors], Vectors] = hessian(model, loss_fn, (x, y))
 base: torch.optim.Optimizer = optimizer
+unwrap(optimizer).monitor = None
+wrapped: Any = optimizer
+unwrap(wrapped).monitor = None
 scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
 optimizer.step(lambda: loss_fn(x, y))
 optimizer.step(lambda: 1.0)
@@ -46,6 +50,7 @@ MISTAKES = {
     "AdaQN(model.parameters(), history=10)": "history",
     "LBFGS(model.parameters(), line_search_fn=1)": "line_search_fn",
     "AdaQN(model.parameters()).step(3)": "step",
+    "unwrap(LBFGS(model.parameters())).monitor": "monitor",
 }
 
 
@@ -90,7 +95,8 @@ def assert_only_mistakes_are_reported(said: str, program: Path) -> None:
 
 
 def test_mypy_strict_sees_the_mistakes_alone(program: Path) -> None:
-    assert_only_mistakes_are_reported(check("mypy", "adaqn_cuda", str(program)), program)
+    said = check("mypy", "adaqn_cuda", "examples", str(program))
+    assert_only_mistakes_are_reported(said, program)
 
 
 def test_pyright_sees_the_mistakes_alone(program: Path) -> None:
