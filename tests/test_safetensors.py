@@ -16,12 +16,16 @@ from adaqn_cuda import LBFGS, AdaQN, flatten_state_dict, unflatten_state_dict
 from adaqn_cuda.plain import STRUCTURE
 
 SHAPES = [(3, 4), (), (5,), (0, 2)]
-#: Any two options of AdaQN meet in one of these; those of LBFGS come alone.
+#: How inputs begin that the state tells apart; in "pairs" any two options of AdaQN meet.
+IN_STATE = {
+    AdaQN: ("default", "pairs", "history_size"),
+    LBFGS: ("default", "lr=tensor", "history_size", "history_dtype", "line_search", "init"),
+}
 SUBJECTS = [
     pytest.param(make, name, id=f"{make.__name__}-{name}")
-    for make in INPUTS
+    for make, begins in IN_STATE.items()
     for name in INPUTS[make]
-    if make is LBFGS or name in ("default", "history_size=3") or name.startswith("pairs")
+    if name.startswith(begins)
 ]
 PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
