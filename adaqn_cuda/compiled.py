@@ -23,7 +23,7 @@ def outside_graphs(function: Function) -> Function:
 
     That one imports the compiler, which takes as long as to import torch.
     """
-    disable = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+    disable: Any = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
     outside: Function = disable(function)
     return outside
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
+from torch.utils.dlpack import from_dlpack
 
 _BY_ROWS = "divide the rows of all parameters over one mesh dimension, as fully_shard(model) does"
 
@@ -149,7 +150,7 @@ class Shards:
         from torch.distributed.tensor import DTensor
 
         if part.storage_offset():  # of which torch.save fails; this shares the memory, from 0 on
-            part = torch.utils.dlpack.from_dlpack(part)
+            part = from_dlpack(part)
         shape = Size((*part.shape[:dim], rows, *part.shape[dim + 1 :]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
