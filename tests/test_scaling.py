@@ -76,7 +76,7 @@ def test_words_and_exchanged_bytes_are_those_of_a_step(name, count, scaling, mon
     monkeypatch.setattr(
         dist, "all_gather", lambda found, sent, group: gathered.append(len(found) * sent.nbytes)
     )
-    monkeypatch.setattr(Shards, "check_alike", lambda self, facts: None)
+    monkeypatch.setattr(Shards, "check_alike", lambda self, params, options: None)
     optimizer = with_divided_state(options)
     for _ in range(scaling.INTERVAL):
         optimizer.step()
