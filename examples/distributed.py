@@ -1,5 +1,6 @@
 """Training by several processes, that goes on from its last checkpoint after a failure.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nproc-per-node 2 --max-restarts 3 examples/distributed.py --how fully_shard
 
 What each process holds is up to ``--how``:

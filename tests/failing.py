@@ -1,4 +1,4 @@
-"""The example of distributed training, with its arguments, in which a process is killed."""
+"""The example of distributed training, with its arguments, in which a process is killed once."""
 
 import os
 import runpy
@@ -13,7 +13,8 @@ LAST_STEP = 47
 class Failing(adaqn_cuda.AdaQN):
     def step(self, closure=None):
         loss = super().step(closure)
-        if self.state and self._calls == LAST_STEP and os.environ["RANK"] == "1":
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
+        if first and self.state and self._calls == LAST_STEP:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
