@@ -1,5 +1,7 @@
 """The CUDA kernels of the Kronecker matrix against the reference, by the emulation."""
 
+from itertools import cycle
+
 import pytest
 from emulated import TYPES, EmulatedOps, build
 from kernel_problems import F32, F64, run
@@ -41,10 +43,11 @@ def emulated(request):
     return DEVICES[request.param]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "device"), list(zip(CASES, cycle(DEVICES), strict=False)))
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operation_agrees_with_the_reference(emulated, operation, case):
-    check_kronecker_case(emulated, operation, CASES[case], "cpu")
+def test_operation_agrees_with_the_reference(operation, case, device):
+    """Cases take turns with the ways of running them."""
+    check_kronecker_case(DEVICES[device], operation, CASES[case], "cpu")
 
 
 @pytest.mark.parametrize("case", ["plain", "mixed", "no factors"])

