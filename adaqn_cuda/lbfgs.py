@@ -348,10 +348,8 @@ class LBFGS(Optimizer):
 
     def _file_entries(self, history: History) -> None:
         counts = {name: self._counts()[name] for name in COUNTS}
-        entries = history.entries()
-        for p, entry in zip(
-            self._parameters(), [{**counts, **entries[0]}, *entries[1:]], strict=True
-        ):
+        first, *others = history.entries()
+        for p, entry in zip(self._parameters(), [{**counts, **first}, *others], strict=True):
             if entry:
                 self.state[p] = entry
             else:
@@ -360,7 +358,7 @@ class LBFGS(Optimizer):
     def _take_back(self) -> None:
         """File the counts alone; a state_dict that was made of the entries keeps what it has."""
         first, *others = self._parameters()
-        entry = self._entries()[0]
+        entry = self.state[first]
         if "d" in entry:
             self.state[first] = {name: entry[name] for name in COUNTS}
             for p in others:

@@ -46,8 +46,8 @@ def check_replicas(optimizer: Optimizer, group: ProcessGroup | None = None) -> N
     """
     named = list(_values(optimizer))
     names = [name for name, _ in named]
-    found = [_digest(value) if isinstance(value, Tensor) else value for _, value in named]
-    digests = [value.item() if isinstance(value, Tensor) else value for value in found]
+    values = [_digest(value) if isinstance(value, Tensor) else value for _, value in named]
+    digests = [value.item() if isinstance(value, Tensor) else value for value in values]
     theirs: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(theirs, (names, digests), group=group)
     names, first = theirs[0]
