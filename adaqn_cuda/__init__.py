@@ -1,13 +1,13 @@
 """adaQN, a stochastic quasi-Newton optimizer for PyTorch at close to first-order cost."""
 
 from .adaqn import AdaQN
-from .blocks import rnn_blocks
+from .distributed.replicas import check_replicas
 from .lbfgs import DETERMINISTIC, LBFGS
 from .parametrized import parametrized_groups
-from .plain import flatten_state_dict, unflatten_state_dict
 from .presets import OLBFGS, PAPER, SQN
 from .products import gauss_newton, hessian
-from .replicas import check_replicas
+from .state.blocks import rnn_blocks
+from .state.plain import flatten_state_dict, unflatten_state_dict
 from .version import __version__
 from .wrappers import unwrap
 

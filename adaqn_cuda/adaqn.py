@@ -13,12 +13,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, ops
-from .arena import Arena, Buffers, Sizes, held, own_part, real_shape, real_view
-from .blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
 from .compiled import outside_graphs, register
 from .curvature import Product
+from .distributed.sharded import call_of
+from .distributed.sharding import (
+    Division,
+    Shards,
+    check_flat,
+    check_not_copied,
+    check_not_divided,
+    is_spread,
+    local,
+)
 from .interrupts import uninterrupted
-from .layout import Counter, Loss
 from .options import (
     AVERAGED,
     CHECKS,
@@ -32,19 +39,12 @@ from .options import (
     validate,
     validate_group,
 )
-from .plan import Cut, Plan
 from .precision import full_precision
-from .saved import check_mapping, check_state_dict, completed, with_names
-from .sharded import call_of
-from .sharding import (
-    Division,
-    Shards,
-    check_flat,
-    check_not_copied,
-    check_not_divided,
-    is_spread,
-    local,
-)
+from .state.arena import Arena, Buffers, Sizes, held, own_part, real_shape, real_view
+from .state.blocks import Blocks, GivenBlocks, as_blocks, check_blocks, heights
+from .state.layout import Counter, Loss
+from .state.plan import Cut, Plan
+from .state.saved import check_mapping, check_state_dict, completed, with_names
 from .step import Hooks, Monitor, Settings, is_hookless
 from .watch import Watch, check_device, check_dtypes, check_memory
 

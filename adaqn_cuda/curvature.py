@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arena import Buffers, held, real_view
-from .layout import Counter
+from .state.arena import Buffers, held, real_view
+from .state.layout import Counter
 
 Product = Callable[[Mapping[Tensor, Tensor]], Mapping[Tensor, Tensor]]
 

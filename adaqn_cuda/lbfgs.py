@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import capture, ops
-from .arena import held, real_shape
-from .history import History
+from .distributed.sharded_search import search_of
+from .distributed.sharding import Division, Shards, check_flat, check_not_copied, check_not_divided
 from .interrupts import uninterrupted
-from .layout import Counter, Stop, Word
 from .options import choice, count, flag, number, optional, ring_dtype
-from .plan import Cut, Plan
 from .precision import full_precision
-from .saved import check_mapping, with_dtypes, with_names
 from .search import Search, turns_of_factors
-from .sharded_search import search_of
-from .sharding import Division, Shards, check_flat, check_not_copied, check_not_divided
+from .state.arena import held, real_shape
+from .state.history import History
+from .state.layout import Counter, Stop, Word
+from .state.plan import Cut, Plan
+from .state.saved import check_mapping, with_dtypes, with_names
 from .watch import Watch, check_device, check_dtypes, check_memory, differ
 
 if TYPE_CHECKING:

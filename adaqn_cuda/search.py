@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arena import real_view
-from .history import History
 from .interrupts import Hold
-from .layout import Counter, Stop, Turn, Word, largest_norm
 from .reference.kronecker import FIRST_CALLS, turns
+from .state.arena import real_view
+from .state.history import History
+from .state.layout import Counter, Stop, Turn, Word, largest_norm
 from .wolfe import DECREASE, NOISE, StrongWolfe, Trial
 
 #: Trials along one direction by Armijo's rule.

@@ -1,4 +1,25 @@
-"""One call of the schedule: which operations make a step and a pair update, in which order."""
+"""One call of the schedule: which operations make a step and a pair update, in which order.
+
+A step is ``w = (1 - lr weight_decay) w - lr p``.  Without pairs ``p = H0 q``, with ``q`` the
+gradient's momentum and ``H0`` a diagonal or a Kronecker-factored matrix: one operation.  With pairs
+``(s_i, y_i)``, p is what the L-BFGS recursion makes of q, in three passes over the vectors; the
+recursions between them are of one number for every pair:
+
+1. pass 1 looks at the gradient: is it finite, ``|g|^2``, ``u_i = s_i.q``.  The first loop of the
+   recursion makes coefficients a of u;
+2. pass 2 takes the gradient into momentum, H0 and the Fisher ring F, and leaves
+   ``r = H0 (q - Y^T a)`` and ``z_i = y_i.r``.  The second loop makes coefficients c of z;
+3. pass 3 moves the parameters along ``p = r + S^T c``.
+
+Every ``update_interval``-th call tries a pair.  s is how far the averaged iterate has moved, and y
+comes from F, from averaged gradients, or from a function of the user's, which looks at the averaged
+iterate before anything has been written:
+
+1. pass A weighs F, ``F s``, and the share of ``B0 s = H0^-1 s`` that damping puts into y;
+2. pass B makes s and y, and their products with the stored ones;
+3. the commit stores the pair, skips it, or, where the monitored loss has grown, drops all and goes
+   back to the last averaged iterate.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +33,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arena import Buffers, held
 from .curvature import (
     Product,
     average_gradient,
@@ -24,8 +44,9 @@ from .curvature import (
     sum_gradients,
 )
 from .interrupts import Hold
-from .layout import largest_norm
 from .options import PER_GROUP, common_options
+from .state.arena import Buffers, held
+from .state.layout import largest_norm
 
 Monitor = Callable[[], "Tensor | float"]
 

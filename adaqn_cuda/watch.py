@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding import local
+from .distributed.sharding import local
 
 _LAYOUT = attrgetter("shape", "dtype", "device")
 

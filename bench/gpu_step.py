@@ -35,8 +35,8 @@ import torch
 
 from adaqn_cuda import LBFGS, PAPER, AdaQN, __version__
 from adaqn_cuda.demo.models import RecurrentLM, loss_of
-from adaqn_cuda.layout import Counter
 from adaqn_cuda.reference import kronecker
+from adaqn_cuda.state.layout import Counter
 
 FISHER_SIZE, INTERVAL = 32, 10
 RESULTS = Path(__file__).parent / "results"

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from adaqn_cuda import PAPER, AdaQN
-from adaqn_cuda.layout import Counter
+from adaqn_cuda.state.layout import Counter
 
 TENSORS, MANY_TENSORS = 20, 300
 SIZES = [10_000, 100_000, 1_000_000, 10_000_000]
@@ -169,5 +169,6 @@ def test_first_order(benchmark, bandwidth, table, name, d):
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_many_tensors(benchmark, table, name):
     d = 100 * MANY_TENSORS
+    benchmark.extra_info.update(d=d, tensors=MANY_TENSORS)
     seconds, iqr = measure(benchmark, FIRST_ORDER[name](parameters(d, MANY_TENSORS)).step, d)
     table.append((d, None, f"{name}, {MANY_TENSORS} tensors", seconds, iqr, None))

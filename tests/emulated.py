@@ -12,8 +12,8 @@ import torch
 from cmake_module import ROOT, build_module, import_module
 from torch import Tensor
 
-from adaqn_cuda.layout import Flag, state_dtype
-from adaqn_cuda.plan import Column
+from adaqn_cuda.state.layout import Flag, state_dtype
+from adaqn_cuda.state.plan import Column
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -81,7 +81,7 @@ def copy_strided(strided: list[Tensor], dense: list[Tensor], to_dense: bool) -> 
 
 
 def state(vector_type: torch.dtype, numel: int, **buffers: Tensor | None) -> dict[str, int]:
-    """Buffers of :class:`adaqn_cuda.arena.Sizes` by name, as the bindings take them."""
+    """Buffers of :class:`adaqn_cuda.state.arena.Sizes` by name, as the bindings take them."""
     result = {"numel": numel, "slots": 0, "fisher_size": 1, "type": TYPES[vector_type]}
     result.update(pair_type=TYPES[vector_type], fisher_type=TYPES[vector_type])
     for name, buffer in buffers.items():

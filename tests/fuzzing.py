@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from adaqn_cuda import AdaQN, ops
-from adaqn_cuda.arena import SHARED, real_view
-from adaqn_cuda.layout import Counter, largest_norm, state_dtype
 from adaqn_cuda.options import AVERAGED
+from adaqn_cuda.state.arena import SHARED, real_view
+from adaqn_cuda.state.layout import Counter, largest_norm, state_dtype
 
 # --------------------------------------------------------------------------- what programs draw
 

@@ -15,7 +15,7 @@ from by_group import apart, by_group
 from torch import Tensor
 
 from adaqn_cuda import ops, reference
-from adaqn_cuda.layout import Counter, Flag, pair_slots, projections_size, state_dtype
+from adaqn_cuda.state.layout import Counter, Flag, pair_slots, projections_size, state_dtype
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 GUARD = 64

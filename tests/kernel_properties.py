@@ -11,7 +11,7 @@ import torch
 from kernel_problems import BF16, F16, F32, F64, Case, Problem, arguments, bits, check, run
 
 from adaqn_cuda import reference
-from adaqn_cuda.layout import Counter, Flag, Loss
+from adaqn_cuda.state.layout import Counter, Flag, Loss
 
 PASSES = ("direction_pass1", "direction_pass2", "direction_pass3")
 STEP = (*PASSES, "direction_step", "diagonal_step")

@@ -9,7 +9,7 @@ import torch
 from kernel_problems import F64, Case, Problem, bits
 from torch import Tensor
 
-from adaqn_cuda.plan import Cut, Plan
+from adaqn_cuda.state.plan import Cut, Plan
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from problems import flat
 
 from adaqn_cuda import ops
-from adaqn_cuda.blocks import as_blocks, heights
-from adaqn_cuda.layout import Counter, Flag
-from adaqn_cuda.plan import Cut, Plan
+from adaqn_cuda.state.blocks import as_blocks, heights
+from adaqn_cuda.state.layout import Counter, Flag
+from adaqn_cuda.state.plan import Cut, Plan
 
 settings.register_profile("kronecker", deadline=None, max_examples=20)
 settings.load_profile("kronecker")

@@ -10,7 +10,7 @@ from kernel_problems import BF16, F16, F32, F64, arguments, assert_close, bits, 
 from kronecker_arguments import Blocks, BlocksProblem
 
 from adaqn_cuda import reference
-from adaqn_cuda.layout import Counter, Flag
+from adaqn_cuda.state.layout import Counter, Flag
 
 ACCUMULATE, APPLY, STEP = "kronecker_accumulate", "kronecker_apply", "kronecker_step"
 OPERATIONS = (ACCUMULATE, APPLY, STEP)

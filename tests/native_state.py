@@ -9,8 +9,8 @@ import torch
 from by_group import by_group
 from torch import Tensor
 
-from adaqn_cuda.arena import RINGS, ROW_BYTES, row_stride
-from adaqn_cuda.layout import Counter, pair_slots, projections_size, state_dtype
+from adaqn_cuda.state.arena import RINGS, ROW_BYTES, row_stride
+from adaqn_cuda.state.layout import Counter, pair_slots, projections_size, state_dtype
 
 F64 = torch.float64
 

@@ -23,7 +23,7 @@ from kernel_problems import (
 from torch import Tensor
 
 from adaqn_cuda import reference
-from adaqn_cuda.layout import Counter, Flag, Stop, Turn, Word
+from adaqn_cuda.state.layout import Counter, Flag, Stop, Turn, Word
 
 MEASURE, DECIDE, KEEP, PAIR, RESIDUAL, COMBINE, MOVE = OPERATIONS = (
     "secant_measure", "secant_decide", "secant_keep", "secant_pair", "secant_residual",

@@ -21,7 +21,7 @@ from secant_arguments import (
     everything_but,
 )
 
-from adaqn_cuda.layout import Counter, Flag, Stop, Turn, Word
+from adaqn_cuda.state.layout import Counter, Flag, Stop, Turn, Word
 
 FULL_65 = dict(history_size=65, pairs=65, oldest=40)
 FULL_130 = dict(history_size=130, pairs=130, oldest=7)

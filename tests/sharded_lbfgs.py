@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from adaqn_cuda import DETERMINISTIC, LBFGS
-from adaqn_cuda.plan import Cut, Plan
+from adaqn_cuda.state.plan import Cut, Plan
 
 SEARCHES = {
     "strong Wolfe": dict(line_search_fn="strong_wolfe", max_iter=8),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaqn_cuda import reference
-from adaqn_cuda.layout import (
+from adaqn_cuda.state.layout import (
     Counter,
     Flag,
     Loss,

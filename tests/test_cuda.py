@@ -80,8 +80,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaqn_cuda import LBFGS, ops
 from adaqn_cuda.capture import period
-from adaqn_cuda.layout import Turn
 from adaqn_cuda.lbfgs import DETERMINISTIC
+from adaqn_cuda.state.layout import Turn
 
 pytestmark = [
     pytest.mark.cuda,

@@ -22,7 +22,7 @@ from test_no_sync import NoReadBack
 from torch import nn
 
 from adaqn_cuda import gauss_newton, hessian
-from adaqn_cuda.layout import Counter
+from adaqn_cuda.state.layout import Counter
 
 SHAPES = [(2, 3), (), (4,), (0, 2)]
 SAFEGUARDS = dict(

@@ -23,8 +23,8 @@ from kronecker_problems import (
 )
 from problems import flat
 
-from adaqn_cuda.layout import Counter
 from adaqn_cuda.reference.kronecker import DAMPING, orthonormal
+from adaqn_cuda.state.layout import Counter
 
 # --------------------------------------------------------------------------- by the book
 

@@ -16,10 +16,10 @@ from kernel_problems import BF16, F16, F32, F64, arguments, assert_close, bits, 
 from torch import Tensor
 
 from adaqn_cuda import native, reference
-from adaqn_cuda.layout import Counter, Flag, state_dtype
-from adaqn_cuda.plan import Column, Cut, Plan
 from adaqn_cuda.reference.acceptance import measure_gradient
 from adaqn_cuda.reference.flat import gradient_vector
+from adaqn_cuda.state.layout import Counter, Flag, state_dtype
+from adaqn_cuda.state.plan import Column, Cut, Plan
 
 needs_native = pytest.mark.skipif(
     native.obstacle("cpu") is not None, reason="the native library is not built"

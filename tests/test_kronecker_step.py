@@ -25,8 +25,8 @@ from test_no_sync import NoReadBack
 from torch import nn
 
 from adaqn_cuda import AdaQN, rnn_blocks
-from adaqn_cuda.layout import Counter
-from adaqn_cuda.plan import Column, pieces
+from adaqn_cuda.state.layout import Counter
+from adaqn_cuda.state.plan import Column, pieces
 
 #: Matrices of equal and of unequal shapes, a stack of two blocks, a tensor of third order, a
 #: long and a short vector, a number and nothing; sides of one and sides longer than LONGEST.

@@ -23,8 +23,8 @@ from kronecker_problems import (
 from problems import flat
 from test_no_sync import NoReadBack
 
-from adaqn_cuda.layout import Counter, Flag
 from adaqn_cuda.reference.kronecker import FIRST_CALLS, FIRST_ITERATIONS, iterations, takes_in
+from adaqn_cuda.state.layout import Counter, Flag
 
 # --------------------------------------------------------------------------- what is accepted
 

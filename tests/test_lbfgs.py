@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaqn_cuda import DETERMINISTIC, LBFGS, ops, reference
-from adaqn_cuda.layout import Counter, Word
 from adaqn_cuda.search import Search
+from adaqn_cuda.state.layout import Counter, Word
 
 F32, F64 = torch.float32, torch.float64
 

@@ -12,7 +12,7 @@ from recording import Recording
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adaqn_cuda import DETERMINISTIC, LBFGS, capture
-from adaqn_cuda.history import FIRST_ROWS
+from adaqn_cuda.state.history import FIRST_ROWS
 
 BENCH = Path(__file__).parent.parent / "bench"
 SETTINGS = {

@@ -17,8 +17,8 @@ from native_state import F64, State, native
 from oracle import two_loop
 
 from adaqn_cuda import ops, reference
-from adaqn_cuda.layout import Counter, Flag
 from adaqn_cuda.native import library_obstacle, obstacle
+from adaqn_cuda.state.layout import Counter, Flag
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

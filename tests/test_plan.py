@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, nn
 
-from adaqn_cuda.blocks import as_blocks, check_blocks, heights, rnn_blocks
-from adaqn_cuda.plan import Column, Cut, Plan, pieces
-from adaqn_cuda.sharding import Shards
+from adaqn_cuda.distributed.sharding import Shards
+from adaqn_cuda.state.blocks import as_blocks, check_blocks, heights, rnn_blocks
+from adaqn_cuda.state.plan import Column, Cut, Plan, pieces
 
 settings.register_profile("plan", deadline=None, max_examples=200)
 settings.load_profile("plan")

@@ -8,7 +8,7 @@ from oracle import Oracle, two_loop
 from problems import flat, plain_adaqn, random_parameters, set_gradients
 
 from adaqn_cuda import AdaQN
-from adaqn_cuda.layout import Counter
+from adaqn_cuda.state.layout import Counter
 
 settings.register_profile("adaqn", deadline=None, max_examples=30)
 settings.load_profile("adaqn")

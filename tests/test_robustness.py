@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaqn_cuda import AdaQN, ops
-from adaqn_cuda.layout import Counter
+from adaqn_cuda.state.layout import Counter
 from adaqn_cuda.watch import check_memory
 
 F32, F64 = torch.float32, torch.float64

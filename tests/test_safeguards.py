@@ -18,8 +18,8 @@ from problems import (
 from torch import nn
 
 from adaqn_cuda import AdaQN
-from adaqn_cuda.layout import Counter
 from adaqn_cuda.options import DIFFERING
+from adaqn_cuda.state.layout import Counter
 
 SHAPES = [(3, 4), (5,), (), (0, 2)]
 INITS = ["rmsprop", "adagrad", "scalar"]

@@ -13,7 +13,7 @@ from optimizer_inputs import INPUTS
 from problems import every_device, random_parameters, set_gradients
 
 from adaqn_cuda import LBFGS, AdaQN, flatten_state_dict, unflatten_state_dict
-from adaqn_cuda.plain import STRUCTURE
+from adaqn_cuda.state.plain import STRUCTURE
 
 SHAPES = [(3, 4), (), (5,), (0, 2)]
 #: How inputs begin that the state tells apart; in "pairs" any two options of AdaQN meet.
@@ -142,7 +142,7 @@ def test_what_cannot_be_taken_apart_is_named():
 
 
 def test_a_part_of_a_tensor_is_refused(monkeypatch):
-    monkeypatch.setattr("adaqn_cuda.plain.is_spread", lambda tensor: True)
+    monkeypatch.setattr("adaqn_cuda.state.plain.is_spread", lambda tensor: True)
     with pytest.raises(TypeError, match="'state.0' is a DTensor.*full_state_dict=True"):
         flatten_state_dict({"state": [torch.zeros(2)]})
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from adaqn_cuda import AdaQN
-from adaqn_cuda.sharding import Shards
+from adaqn_cuda.distributed.sharding import Shards
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHAPES = [(48, 20), (50,), (7, 9), (3,), (30, 2, 3)]

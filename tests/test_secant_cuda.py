@@ -25,8 +25,8 @@ from secant_properties import (
 )
 
 from adaqn_cuda import LBFGS, ops
-from adaqn_cuda.layout import Turn
 from adaqn_cuda.lbfgs import DETERMINISTIC
+from adaqn_cuda.state.layout import Turn
 
 #: Simulated devices: threads that run in either order, and with room for one block or for many.
 DEVICES = {

@@ -23,8 +23,8 @@ from secant_properties import (
 )
 
 from adaqn_cuda import native
-from adaqn_cuda.layout import Turn
 from adaqn_cuda.ops import SCHEMAS
+from adaqn_cuda.state.layout import Turn
 
 pytestmark = pytest.mark.skipif(
     native.obstacle("cpu") is not None, reason="the native library is not built"

@@ -16,8 +16,8 @@ from problems import (
 from torch import nn
 
 from adaqn_cuda import PAPER, AdaQN
-from adaqn_cuda.arena import Sizes
-from adaqn_cuda.layout import Counter
+from adaqn_cuda.state.arena import Sizes
+from adaqn_cuda.state.layout import Counter
 
 
 def run(params, steps, start=0, **options):

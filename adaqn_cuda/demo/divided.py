@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..sharding import Shards, is_spread, local, whole
+from ..distributed.sharding import Shards, is_spread, local, whole
 from .data import DataError
 from .processes import Alone
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layout import Counter, Flag
+from ..state.layout import Counter, Flag
 
 
 def measure_gradient(g: Tensor, found_inf: Tensor | None, projections: Tensor) -> None:

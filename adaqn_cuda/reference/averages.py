@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import Counter, Flag
+from ..state.layout import Counter, Flag
 
 
 class Averages(NamedTuple):

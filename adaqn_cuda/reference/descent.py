@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import state_dtype
+from ..state.layout import state_dtype
 from .acceptance import count_step, measure_gradient, step_is_accepted
 from .averages import averages_of_each, blend, clip_factor, diagonal_root, runs_of
 from .flat import flatten, gradient_vector, presence, write_back

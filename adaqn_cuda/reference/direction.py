@@ -7,7 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..layout import Counter, state_dtype
+from ..state.layout import Counter, state_dtype
 from .acceptance import count_step, measure_gradient, step_is_accepted
 from .averages import (
     Run,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Counter
+from ..state.layout import Counter
 from .acceptance import step_is_accepted
 from .flat import flatten, write_back
 

@@ -5,8 +5,9 @@ where the credit belongs: Adam's second moment, kept in the slowly rotating eige
 two factors.  Here the result is the initial matrix H0 of a quasi-Newton method, so curvature pairs
 may sit on top of it; and of Shampoo's factors the diagonal blocks are kept.
 
-The two sides of a matrix ``G`` of the gradient are cut into pieces (:mod:`adaqn_cuda.plan`).  With
-``G_i`` the rows of piece i, ``G_j`` the columns of piece j, and ``G_ij`` the tile where they meet::
+The two sides of a matrix ``G`` of the gradient are cut into pieces
+(:mod:`adaqn_cuda.state.plan`).  With ``G_i`` the rows of piece i, ``G_j`` the columns of piece j,
+and ``G_ij`` the tile where they meet::
 
     L_i = .95 L_i + .05 G_i G_i^T         R_j = .95 R_j + .05 G_j^T G_j
     Q_i, Q_j: eigenbases of L_i and R_j, followed by subspace iterations
@@ -30,7 +31,7 @@ does not depend on the signs of the columns of Q, nor on their order as long as 
 ===============  ===========  =========================================================
 argument         shape        meaning
 ===============  ===========  =========================================================
-``table``        (n, 9)       the matrices, see :class:`adaqn_cuda.plan.Column`; on the CPU
+``table``        (n, 9)       the matrices, see :class:`adaqn_cuda.state.plan.Column`; on the CPU
 ``factors``      (f,)         L and R, one square after the other
 ``bases``        (f,)         their eigenbases Q
 ``accumulator``  (d,)         ``v``: each tile's lies where the tile does
@@ -49,8 +50,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Counter, Flag
-from ..plan import Column, factors_in, pieces
+from ..state.layout import Counter, Flag
+from ..state.plan import Column, factors_in, pieces
 from .acceptance import count_step, measure_gradient, step_is_accepted
 from .averages import (
     Averages,

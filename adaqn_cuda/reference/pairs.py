@@ -7,7 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..layout import Counter, Loss
+from ..state.layout import Counter, Loss
 from .acceptance import step_is_accepted
 from .averages import Run, settled_root
 from .flat import flatten, write_back

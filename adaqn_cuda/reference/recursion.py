@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Counter
+from ..state.layout import Counter
 
 
 def age_order(counters: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ..layout import Counter, Flag, Stop, Turn, Word
+from ..state.layout import Counter, Flag, Stop, Turn, Word
 from .flat import finite_or_zero, flatten, gradient_vector, write_back
 from .recursion import age_order, backward_coefficients, curvature_triangle, free_slot
 

@@ -1,4 +1,4 @@
-// The words of the control block, in the order of adaqn_cuda/layout.py.
+// The words of the control block, in the order of adaqn_cuda/state/layout.py.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 //
 // Every function enqueues kernels on a stream and returns: it allocates nothing, waits for nothing
 // and reads no device memory.  Names, shapes and meaning of the buffers are those of
-// adaqn_cuda/arena.py and reference.  Rings are rows of `numel` elements, `stride` apart.
+// adaqn_cuda/state/arena.py and reference.  Rings are rows of `numel` elements, `stride` apart.
 
 #pragma once
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .layout import Flag, Turn, Word
-from .search import Search
+from .. import reference
+from ..search import Search
+from ..state.layout import Flag, Turn, Word
+from ..wolfe import NOISE
 from .sharding import Shards
-from .wolfe import NOISE
 
 
 @dataclass(kw_only=True)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .arena import held
-from .interrupts import Hold
-from .layout import Counter, Flag
+from .. import reference
+from ..interrupts import Hold
+from ..state.arena import held
+from ..state.layout import Counter, Flag
+from ..step import Call
 from .sharding import Shards
-from .step import Call
 
 
 @dataclass(kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.sharding import Shards
+from ..watch import check_numbers
 from .arena import FACTORED, own_part, real_shape, ring
 from .filing import Filing, check_shape
 from .layout import Counter, Flag, Word, state_dtype
 from .plan import Plan
-from .sharding import Shards
-from .watch import check_numbers
 
 #: Rows that the rings begin with, and what they grow by.
 FIRST_ROWS, GROWTH = 16, 2.0

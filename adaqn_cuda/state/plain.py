@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .sharding import is_spread
+from ..distributed.sharding import is_spread
 
 #: Under which the text is in the metadata.
 STRUCTURE = "adaqn_cuda.state_dict"

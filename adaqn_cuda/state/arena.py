@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Size, Tensor
 
+from ..distributed.sharding import Shards, local, whole
+from ..watch import check_numbers
 from .layout import Counter, Loss, pair_slots, projections_size, state_dtype
 from .plan import Plan
-from .sharding import Shards, local, whole
-from .watch import check_numbers
 
 #: Buffers with one entry per scalar parameter; the rings have one row of them per slot.
 VECTORS = (

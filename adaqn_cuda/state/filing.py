@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from ..distributed.sharding import Shards, whole
 from .arena import FACTORED
 from .plan import Plan
-from .sharding import Shards, whole
 
 #: Flat vectors, and lists of them.
 VECTORS = ("d", "prev_flat_grad", "accumulator")

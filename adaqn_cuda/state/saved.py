@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..options import CHECKS
 from .blocks import as_blocks
-from .options import CHECKS
 
 #: Options by which a group of AdaQN is known; older versions had them, others have none of them.
 _OWN = ("history_size", "update_interval", "init", "fisher_size")

@@ -1,0 +1,1 @@
+"""Parameters divided among processes: who has which rows, and which words are added up when."""
