@@ -154,6 +154,10 @@ class AdaQN(Optimizer):
             ranks. ``None`` turns resets off. Can be assigned later; not copied or pickled
             (default: ``None``).
         weight_decay (float, Tensor, optional): decoupled weight decay, as in AdamW (default: 0).
+        normalize (bool, optional): scale every parameter's step to a root mean square of ``lr``,
+            but lengthen none more than 1,000 times unless ``init="scalar"``, so that one ``lr``
+            suits parameters and models of unlike size; only without pairs. Costs 4 bytes per
+            parameter and more passes over memory (default: ``False``).
         maximize (bool, optional): maximize the objective (default: ``False``).
         history_dtype (torch.dtype, optional): dtype in which the pairs are kept: ``None`` for the
             state's own, or ``torch.bfloat16``, which halves their memory and traffic. The
@@ -267,6 +271,7 @@ class AdaQN(Optimizer):
         blocks: GivenBlocks | None = None,
         monitor: Monitor | None = None,
         weight_decay: float | Tensor = 0.0,
+        normalize: bool = False,
         maximize: bool = False,
         history_dtype: torch.dtype | None = None,
         fisher_dtype: torch.dtype | None = None,
@@ -463,7 +468,7 @@ class AdaQN(Optimizer):
             ops.load_kernels(
                 arena.device, self._common()["fused"], vectors=sizes.dtype,
                 pairs=sizes.history_dtype, fisher=sizes.fisher_dtype,
-                has_pairs=sizes.history_size > 0, kronecker=arena.plan is not None,
+                has_pairs=sizes.in_passes, kronecker=arena.plan is not None,
             )  # fmt: skip
 
     def _reconcile(self) -> None:

@@ -125,6 +125,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "block_size": count(1),
     "max_vector_dim": count(1),
     "factor_interval": count(1),
+    "normalize": flag,
     "maximize": flag,
     "history_dtype": ring_dtype,
     "fisher_dtype": ring_dtype,
@@ -160,6 +161,7 @@ COMMON = {
     "max_grad_norm": "the norm is that of the whole gradient",
     "max_vector_dim": "there is one plan of factors; init='rmsprop' leaves a group without any",
     "factor_interval": "factors of all parameters take turns",
+    "normalize": "an lr beside it says how far elements go, and one without does not",
     "maximize": "there is one objective",
     "fused": _CALLS,
     "foreach": _CALLS,
@@ -210,6 +212,12 @@ def validate(options: dict[str, Any]) -> None:
     for name, check in CHECKS.items():
         if name in options:
             check(name, options[name])
+    if options.get("normalize") and options.get("history_size"):
+        raise ValueError(
+            f"normalize: expected False where history_size is {options['history_size']!r}, got "
+            "True; it would undo what curvature pairs say about the length of a step: pass "
+            "history_size=0"
+        )
 
 
 def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
@@ -233,7 +241,8 @@ def validate_group(group: dict[str, Any], common: dict[str, Any]) -> None:
 
 #: Common options that give the state its shape.
 STRUCTURAL = (
-    "history_size", "fisher_size", "curvature", "max_vector_dim", "history_dtype", "fisher_dtype",
+    "history_size", "fisher_size", "curvature", "max_vector_dim", "normalize", "history_dtype",
+    "fisher_dtype",
 )  # fmt: skip
 
 

@@ -194,6 +194,7 @@ class Call:
         self.grad_scale = self.settings.grad_scale
         self.has_pairs = len(self.a.s_ring) > 0
         self.kronecker = self.a.table is not None
+        self.normalized: bool = self.common["normalize"]
         self.due = self.has_pairs and self.number % self.common["update_interval"] == 0
         #: Whether momenta decay apart, so that s_i.m does not tell s_i.q.
         self.apart = (
@@ -236,7 +237,7 @@ class Call:
             The monitored loss and y, both at the averaged iterate, if it is time for them.
         """
         observed = self.due and not is_hookless(self.hooks, self.common)
-        if self.has_pairs and self._needs_passes(observed):
+        if self._needs_passes(observed):
             return self._move_in_passes(hold, moments, observed)
         self.halfway = not self.atomic
         if self.has_pairs:
@@ -249,6 +250,8 @@ class Call:
 
     def _needs_passes(self, observed: bool) -> bool:
         """Whether something happens between the passes, or they differ from group to group."""
+        if not self.has_pairs:
+            return self.normalized
         between = self.kronecker or observed or self.a.gradient_sum is not None
         return between or not self.settings.averages_agree()
 
@@ -331,7 +334,7 @@ class Call:
             sum_gradients(params, grads, self.grad_scale, maximize, a)
         if self.kronecker:
             self._precondition()
-        self._descend(moments)
+        self._descend(moments, self._normalized_rates() if self.normalized else settings.rates)
         if self.apart:
             accepted = reference.step_is_accepted(a.projections, a.counters)
             a.moments.copy_(torch.where(accepted, self._moments_anew(), a.moments))
@@ -353,12 +356,21 @@ class Call:
             *self._gradient_options(), self._runs(), held(a.momentum), a.projections,
         )  # fmt: skip
 
-    def _descend(self, moments: Tensor) -> None:
+    def _normalized_rates(self) -> tuple[Any, ...]:
+        """Rates for steps of unit root mean square."""
+        adaptive = self.a.accumulator is not None
+        return reference.normalized_rates(self.settings.rates, self._mean_squares(), adaptive)
+
+    def _mean_squares(self) -> Tensor:
+        """Of every parameter's part of p, which is r without pairs."""
+        return reference.mean_squares(self.params, self.owners, held(self.a.direction))
+
+    def _descend(self, moments: Tensor, rates: tuple[Any, ...]) -> None:
         """Pass 3: p = r + S^T c, and the parameters go along it."""
         a, own = self.a, self.settings
         self.op.direction_pass3(
             self.params, self.grads, a.s_ring, a.gram, a.projections, a.images, a.direction,
-            own.betas[0], self._cap(), *own.rates, max(len(a.fisher), 1), a.iterate_sum, moments,
+            own.betas[0], self._cap(), *rates, max(len(a.fisher), 1), a.iterate_sum, moments,
             a.counters,
         )  # fmt: skip
 

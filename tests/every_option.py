@@ -21,6 +21,8 @@ EVERY_OPTION: dict[str, dict[str, Any]] = {
     "every rate": dict(lr=0.02, weight_decay=0.1, maximize=True),
     "rmsprop": dict(init="rmsprop", decay=0.9, eps=1e-8, bias_correction=False),
     "factors": dict(block_size=16, max_vector_dim=8, factor_interval=3, max_grad_norm=2.0),
+    "normalized": dict(normalize=True, block_size=16, weight_decay=0.1),
+    "normalized, diagonal": dict(normalize=True, init="rmsprop"),
     "factors with pairs": dict(**PAIRS, block_size=16, factor_interval=2, max_direction=2.0),
     "pairs": dict(
         **PAIRS, init="rmsprop", fisher_size=6, min_curvature=1e-6, max_increase=1.1,

@@ -85,6 +85,7 @@ STRUCTURAL: dict[str, tuple[Any, Any]] = {
     "curvature": ("fisher", "gradients"),
     "block_size": (1, 2),
     "max_vector_dim": (1, 2),
+    "normalize": (False, True),
     "history_dtype": (None, torch.bfloat16),
     "fisher_dtype": (None, torch.bfloat16),
 }
@@ -362,7 +363,8 @@ def epsilon(*tensors: Tensor) -> float:
 
 
 def has_textbook(options: dict[str, Any]) -> bool:
-    return options["history_size"] == 0 and options["init"] != "kronecker"
+    plain = options["history_size"] == 0 and not options["normalize"]
+    return plain and options["init"] != "kronecker"
 
 
 # --------------------------------------------------------------------------- the machine
@@ -392,6 +394,8 @@ class Machine:
         self.hooks = Hooks(monitored and options["history_size"] > 0)
         if options["history_size"] == 0:
             options["curvature"] = "fisher"
+        else:
+            options["normalize"] = False
         if options["curvature"] == "product":
             options["curvature"] = self.hooks.product
         self.optimizer = AdaQN([{"params": part} for part in parts], **options)
@@ -779,11 +783,12 @@ class Machine:
         place = self._entry(r)
         if place is None or self.unsettled:
             return
-        index, entry, name = place
+        index, _, name = place
         if name in SHARED or "basis" in name:
             return
         twin = self._twin()
         twin.state[parameters(twin)[index]][name].zero_()
+        entry = self.optimizer.state[parameters(self.optimizer)[index]]  # a save may renew it
         entry[name] = torch.zeros_like(entry[name])
         self.set_gradients("normal", r)
         for p, q in zip(parameters(self.optimizer), parameters(twin), strict=True):

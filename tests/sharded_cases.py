@@ -70,6 +70,12 @@ CASES = {
     "clipped": Case(dict(max_grad_norm=0.05, weight_decay=0.1)),
     "diagonal": Case(dict(init="rmsprop", momentum=0.0)),
     "sum of squares": Case(dict(init="adagrad", maximize=True, lr=1e-3)),
+    "normalized": Case(
+        dict(normalize=True, lr=2e-3, max_grad_norm=0.5), last={"lr": 1e-3, "weight_decay": 0.1}
+    ),
+    "normalized, scalar, reference": Case(
+        dict(normalize=True, lr=2e-3, init="scalar", fused=False), some_are_missing
+    ),
     "pairs": Case({**PAIRS, "init": "rmsprop"}),
     "pairs, reference": Case({**PAIRS, "init": "rmsprop", "fused": False}),
     "pairs on factors": Case({**PAIRS, "max_grad_norm": 0.5}),

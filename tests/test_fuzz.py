@@ -32,6 +32,7 @@ machines = st.fixed_dictionaries(
         weight_decay=st.sampled_from([0.0, 0.1]),
         bias_correction=st.booleans(),
         maximize=st.sampled_from([False, False, True]),
+        normalize=st.sampled_from([False, False, True]),
         history_dtype=st.sampled_from([None, None, torch.bfloat16]),
         lr=st.sampled_from([0.1, 0.01]),
     )

@@ -217,6 +217,7 @@ OTHERS = {
     "min_curvature": 0.5, "max_increase": 2.0, "damping": 0.5, "max_direction": 3.0,
     "history_dtype": torch.bfloat16, "fisher_dtype": torch.bfloat16, "bias_correction": False,
     "max_grad_norm": 1.0, "max_vector_dim": 3, "factor_interval": 3, "maximize": True,
+    "normalize": True,
     "fused": False, "foreach": True, "capturable": False,
 }  # fmt: skip
 

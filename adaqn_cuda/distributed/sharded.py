@@ -69,15 +69,18 @@ class ShardedCall(Call):
     def _moments_anew(self) -> Tensor:
         return self.shards.total(super()._moments_anew())
 
-    def _descend(self, moments: Tensor) -> None:
+    def _mean_squares(self) -> Tensor:
+        return self.shards.total(super()._mean_squares())
+
+    def _descend(self, moments: Tensor, rates: tuple[Any, ...]) -> None:
         if self.has_pairs:
             self.shards.total(self.a.images)
         if self._cap() < inf:
-            self._descend_capped(moments)
+            self._descend_capped(moments, rates)
         else:
-            super()._descend(moments)
+            super()._descend(moments, rates)
 
-    def _descend_capped(self, moments: Tensor) -> None:
+    def _descend_capped(self, moments: Tensor, rates: tuple[Any, ...]) -> None:
         """p, then its norm over all processes, then pass 3 along it as if there were no pairs."""
         a, beta = self.a, self.settings.betas[0]
         p, here = held(a.direction), reference.presence(self.params, self.grads)
@@ -93,7 +96,7 @@ class ShardedCall(Call):
         counted[: Counter.GRADIENTS] = 0
         self.op.direction_pass3(
             self.params, self.grads, a.s_ring[:0], a.gram[:1, :0],
-            a.projections[Flag.NONFINITE :], a.images[-1:], p, beta, inf, *self.settings.rates,
+            a.projections[Flag.NONFINITE :], a.images[-1:], p, beta, inf, *rates,
             max(len(a.fisher), 1), a.iterate_sum, moments[:0], counted,
         )  # fmt: skip
         a.counters[others] = counted[others]

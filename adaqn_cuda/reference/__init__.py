@@ -72,7 +72,7 @@ from .averages import (
     old_and_new,
     runs_of,
 )
-from .descent import diagonal_step
+from .descent import diagonal_step, mean_squares, normalized_rates
 from .direction import (
     cap_factor,
     count_moments,
@@ -160,8 +160,10 @@ __all__ = [
     "kronecker_apply",
     "kronecker_step",
     "look_ahead_from_new",
+    "mean_squares",
     "moments_anew",
     "newest_slot",
+    "normalized_rates",
     "old_and_new",
     "presence",
     "product",

@@ -81,6 +81,46 @@ def descend(
     write_back(params, torch.where(moves, torch.cat(stepped), w))
 
 
+#: The smallest root mean square of p that steps are normalized by: with an H0 that adapts to the
+#: gradient, and with the scalar one.
+LEAST_ADAPTED, LEAST = 1e-3, 1e-30
+
+
+def mean_squares(parts: list[Tensor], wholes: list[Tensor], p: Tensor) -> Tensor:
+    """Per parameter, the sum of squares of its part of p over its number of elements, in float64.
+
+    Args:
+        parts: what is here of the parameters, as real tensors.
+        wholes: the parameters in all processes together, as the user has them.
+    """
+    norms = torch._foreach_norm(p.split([w.numel() for w in parts]), 2, torch.float64)
+    counts = [w.numel() * (2 if w.is_complex() else 1) for w in wholes]
+    torch._foreach_div_(norms, [max(count, 1) ** 0.5 for count in counts])
+    return torch.stack(norms).square()
+
+
+def normalized_rates(
+    rates: tuple[Any, ...], mean_squares: Tensor, adaptive: bool
+) -> tuple[Any, ...]:
+    """Rates of the parameters, each a group of its own, that divide p by its root mean square.
+
+    lr over that, and weight_decay times it, so that decay stays what it is.  Where a gradient
+    vanishes, ``v`` decays more slowly than the momentum and p goes to zero, as it should: so p
+    counts as no shorter than :data:`LEAST_ADAPTED`.
+
+    Args:
+        rates: sizes of the groups, and their rates as :func:`descend` takes them.
+        mean_squares: of p, by parameter.
+        adaptive: whether H0 follows the gradient's size.
+    """
+    sizes, lr, decay, lr_tensor, decay_tensor = rates
+    rms = mean_squares.sqrt().clamp(min=LEAST_ADAPTED if adaptive else LEAST).split(sizes)
+    steps = [rate / part for rate, part in zip(by_group(lr, lr_tensor), rms, strict=True)]
+    decays = [rate * part for rate, part in zip(by_group(decay, decay_tensor), rms, strict=True)]
+    unused = [0.0] * len(mean_squares)
+    return [1] * len(mean_squares), unused, unused, torch.cat(steps), torch.cat(decays)
+
+
 def by_group(values: list[float], tensor: Tensor | None) -> Sequence[Any]:
     """A number for each group; the tensor, where given, takes precedence."""
     return values if tensor is None else tensor.unbind()

@@ -67,6 +67,8 @@ def forward_coefficients(
 def scalar_initial_matrix(gram: Tensor, counters: Tensor) -> Tensor:
     """gamma = s.y / y.y of the newest pair (Barzilai-Borwein); 1 while there is none."""
     slots = gram.shape[1]
+    if slots == 0:
+        return gram.new_ones(())
     pairs = counters[Counter.PAIRS]
     newest = newest_slot(counters, slots)
     column = gram.index_select(1, newest)[:, 0]

@@ -118,7 +118,7 @@ class Sizes:
             factors=None if plan is None else plan.factors,
             momentum=momentum,
             gradients=options["curvature"] == "gradients" and options["history_size"] > 0,
-            in_passes=shards is not None or options["history_size"] > 0,
+            in_passes=shards is not None or options["history_size"] > 0 or options["normalize"],
             history_dtype=options["history_dtype"] or dtype,
             fisher_dtype=(options["fisher_dtype"] if of_gradients else None) or dtype,
         )
