@@ -177,6 +177,10 @@ def is_deterministic(task: Task) -> bool:
     return not task.stochastic
 
 
+def has_an_embedding(task: Task) -> bool:
+    return task.stochastic and (task.options["level"] == "word" or "width" in task.options)
+
+
 def has_steps_of_a_length(task: Task) -> bool:
     """Towards an exact optimum, steps must shorten by themselves."""
     return task.stochastic or task.name == "pinn"
@@ -247,12 +251,19 @@ PEERS = tuple(method.name for method in _PEERS)
 def adaqn(problem: Problem, lr: float, options: dict[str, Any]) -> AdaQN:
     """AdaQN with ``options``.
 
-    One of them is not its own: ``preset="PAPER"`` stands for the authors' setting.
+    Two of them are not its own: ``preset="PAPER"`` stands for the authors' setting, and
+    ``embedding`` is the initial matrix of the embedding alone.
     """
     options = completed(options, problem)
     settings = dict(PAPER) if options.pop("preset", None) == "PAPER" else {}
+    apart = options.pop("embedding", None)
     settings.update(options, lr=lr)
-    return AdaQN(problem.model.parameters(), **settings)
+    params = list(problem.model.parameters())
+    if apart is None:
+        return AdaQN(params, **settings)
+    embedding = problem.model.embedding.weight
+    others = [p for p in params if p is not embedding]
+    return AdaQN([{"params": others}, {"params": [embedding], "init": apart}], **settings)
 
 
 def rescaled(problem: Problem, lr: float, options: dict[str, Any]) -> Rescaled:
@@ -293,6 +304,10 @@ _OURS = [
     _ours(
         "normalized", {**_KRONECKER, **_NO_PAIRS, "normalize": True},
         {"language": 0.0125, "pinn": 0.001}, runs_on=has_steps_of_a_length,
+    ),
+    _ours(
+        "diagonal embedding", {**_KRONECKER, **_NO_PAIRS, "embedding": "rmsprop"}, _RATES,
+        runs_on=has_an_embedding,
     ),
     _ours("kronecker+pairs", {**_KRONECKER, **_PAIRS}, _RATES),
     _ours("diagonal", {**_DIAGONAL, **_NO_PAIRS}, _RATES),
