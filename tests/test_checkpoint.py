@@ -4,10 +4,13 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from problems import every_device, plain_adaqn, random_parameters, set_gradients
 from torch import nn
+
+from adaqn_cuda import LBFGS, AdaQN
 
 SHAPES = [(3, 4), (), (5,), (0, 2)]
 OPTIONS = dict(update_interval=4, history_size=3, fisher_size=5)
@@ -138,6 +141,16 @@ def test_loading_a_fresh_state_starts_afresh():
     used.load_state_dict(fresh.state_dict())
     assert not used.state
     assert used.stats()["stored"] == 0
+
+
+@pytest.mark.parametrize("kind", [AdaQN, LBFGS])
+def test_numbers_of_other_libraries_are_saved_as_pythons(kind):
+    (p,) = random_parameters([(6, 2)])
+    blocks = {"blocks": {p: [np.int64(2), 4]}} if kind is AdaQN else {}
+    optimizer = kind([p], lr=np.float64(0.1), history_size=np.int32(4), **blocks)
+    group = round_trip(optimizer.state_dict())["param_groups"][0]
+    assert (group["lr"], group["history_size"]) == (0.1, 4)
+    assert kind is LBFGS or group["blocks"] == [(2, 4)]
 
 
 def test_state_dict_hooks_see_and_change_the_dict():

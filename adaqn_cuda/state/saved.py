@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,12 +21,26 @@ _DTYPES = ("history_dtype", "fisher_dtype")
 
 
 def with_names(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict as torch has made it, with dtypes among the options by their names."""
+    """A state_dict as torch has made it, with options as files have them, without other types.
+
+    Numbers are Python's own, whatever library they came from, and dtypes are there by their names.
+    """
     for group in state_dict.get("param_groups", ()):
+        for name, value in group.items():
+            group[name] = _plain(value)
         for name in _DTYPES:
             if isinstance(group.get(name), torch.dtype):
                 group[name] = str(group[name]).removeprefix("torch.")
     return state_dict
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for any other, such as NumPy's; in lists and tuples, too."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def with_dtypes(group: Mapping[str, Any]) -> dict[str, Any]:
