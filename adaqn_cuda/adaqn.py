@@ -147,7 +147,8 @@ class AdaQN(Optimizer):
         blocks (Mapping[Tensor, int or list of int], optional): parameters that are several matrices
             (or vectors) on top of each other, such as gates or fused projections, and how many, or
             the rows of each: they get factors of their own. ``rnn_blocks(model)`` gives it for LSTM
-            and GRU layers. In a group's dict, for that group (default: ``None``).
+            and GRU layers. In a group's dict, for that group, and before what is given here
+            (default: ``None``).
         monitor (Callable, optional): returns the loss on a fixed monitoring batch, as a float or
             one-element tensor. Called without gradients or autocast at every pair update, with the
             parameters holding the averaged iterate; should be deterministic, and the same on all
@@ -293,6 +294,7 @@ class AdaQN(Optimizer):
         if not isinstance(params, (Tensor, dict)):  # which torch refuses
             params = list(params)
             defaults.update(agreed_options(params, defaults))
+            validate(defaults)  # what groups and the constructor say may not go together
         if defaults["history_size"] > 0 or defaults["max_grad_norm"] < inf:
             check_not_divided(
                 "curvature pairs and max_grad_norm are of all of them; pass history_size=0 and "
@@ -308,7 +310,8 @@ class AdaQN(Optimizer):
         if blocks is not None:
             check_blocks(blocks, self._parameters())
             for group in self.param_groups:
-                group["blocks"] = [as_blocks(blocks.get(p, 1)) for p in group["params"]]
+                own = zip(group["params"], group["blocks"], strict=True)
+                group["blocks"] = [as_blocks(blocks.get(p, 1)) if n == 1 else n for p, n in own]
             self._note_blocks()
         if fused:
             ops.check_fused(self._parameters()[0].device)

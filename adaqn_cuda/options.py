@@ -161,7 +161,7 @@ COMMON = {
     "max_grad_norm": "the norm is that of the whole gradient",
     "max_vector_dim": "there is one plan of factors; init='rmsprop' leaves a group without any",
     "factor_interval": "factors of all parameters take turns",
-    "normalize": "an lr beside it says how far elements go, and one without does not",
+    "normalize": "lr is the size of a step with it, and a multiple of one without",
     "maximize": "there is one objective",
     "fused": _CALLS,
     "foreach": _CALLS,

@@ -722,6 +722,10 @@ def test_blocks_may_be_given_for_the_optimizer_or_for_a_group():
     assert [group["blocks"] for group in groups] == [[2], [1]]
     groups = AdaQN([{"params": [a]}, {"params": [b]}], blocks={b: 4}).param_groups
     assert [group["blocks"] for group in groups] == [[1], [4]]
+    for more in ({b: 4}, {a: 3, b: 4}):  # what a group says comes first
+        groups = [{"params": [a], "blocks": {a: 2}}, {"params": [b]}]
+        groups = AdaQN(groups, blocks=more).param_groups
+        assert [group["blocks"] for group in groups] == [[2], [4]]
 
 
 @both_backends

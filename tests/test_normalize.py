@@ -156,6 +156,10 @@ PAIRS_REFUSED = "^normalize: expected False where history_size is 3, got True"
 def test_pairs_are_refused():
     with pytest.raises(ValueError, match=PAIRS_REFUSED):
         normalized(random_parameters([(3, 2)]), history_size=3)
+    pairs, steps = {"history_size": 3}, {"normalize": True}
+    for of_group, of_all in ((pairs, steps), (steps, pairs)):
+        with pytest.raises(ValueError, match=PAIRS_REFUSED):
+            AdaQN([{"params": random_parameters([(3, 2)]), **of_group}], **of_all)
     params = random_parameters([(3, 2)])
     optimizer = AdaQN(params, history_size=3)
     set_gradients(params, 0)
