@@ -1,24 +1,34 @@
 """One call of the schedule: which operations make a step and a pair update, in which order.
 
 A step is ``w = (1 - lr weight_decay) w - lr p``.  Without pairs ``p = H0 q``, with ``q`` the
-gradient's momentum and ``H0`` a diagonal or a Kronecker-factored matrix: one operation.  With pairs
-``(s_i, y_i)``, p is what the L-BFGS recursion makes of q, in three passes over the vectors; the
-recursions between them are of one number for every pair:
+gradient's momentum and ``H0`` a diagonal or a Kronecker-factored matrix: one operation, which is
+all that the default needs.
 
-1. pass 1 looks at the gradient: is it finite, ``|g|^2``, ``u_i = s_i.q``.  The first loop of the
-   recursion makes coefficients a of u;
+With pairs ``(s_i, y_i)``, the rows of S and Y, p is what the two-loop recursion of L-BFGS makes of
+q.  That takes three passes over the vectors; the loops lie between them, on one number per pair:
+
+1. pass 1 looks at the gradient: is it finite, ``|g|^2``, ``u = S q``.  The first loop makes
+   coefficients a of u;
 2. pass 2 takes the gradient into momentum, H0 and the Fisher ring F, and leaves
-   ``r = H0 (q - Y^T a)`` and ``z_i = y_i.r``.  The second loop makes coefficients c of z;
-3. pass 3 moves the parameters along ``p = r + S^T c``.
+   ``r = H0 (q - Y^T a)`` and ``z = Y r``.  The second loop makes coefficients c of z;
+3. pass 3 moves the parameters along ``p = r + S^T c``, shortened to what ``max_direction`` allows.
 
-Every ``update_interval``-th call tries a pair.  s is how far the averaged iterate has moved, and y
-comes from F, from averaged gradients, or from a function of the user's, which looks at the averaged
-iterate before anything has been written:
+One operation makes all three as well, unless something happens between them (a Kronecker-factored
+H0 is applied in the middle of pass 2, functions of the user's are called before it, processes add
+up their sums) or groups average their gradients differently: then every pass is an operation of its
+own.  So it is without pairs with ``normalize``, which must know p before anything moves along it,
+and where each process has a part of the parameters.
 
-1. pass A weighs F, ``F s``, and the share of ``B0 s = H0^-1 s`` that damping puts into y;
+Every ``update_interval``-th call tries a pair.  ``s = w_n - w_o``, from the averaged iterate at
+which the last pair ended to the average of the iterates since the last try, and y comes from F,
+from averaged gradients, or from a function of the user's.  That one, and the monitor, look at w_n
+between passes 1 and 2, before anything that lasts has been written.  After the step:
+
+1. pass A finds the weight of every row of F in y, from ``F s``, and that of ``B0 s = H0^-1 s``,
+   which damping adds; a y from elsewhere is the only row of F;
 2. pass B makes s and y, and their products with the stored ones;
-3. the commit stores the pair, skips it, or, where the monitored loss has grown, drops all and goes
-   back to the last averaged iterate.
+3. the commit stores the pair, or skips it, or makes w_n the first w_o, or, where the monitored loss
+   has grown too much, drops pairs, F and momentum, and the parameters go back to w_o.
 """
 
 from __future__ import annotations
@@ -357,7 +367,7 @@ class Call:
         )  # fmt: skip
 
     def _normalized_rates(self) -> tuple[Any, ...]:
-        """Rates for steps of unit root mean square."""
+        """Rates by which the step of every parameter has a root mean square of lr."""
         adaptive = self.a.accumulator is not None
         return reference.normalized_rates(self.settings.rates, self._mean_squares(), adaptive)
 

@@ -3,8 +3,9 @@
 What spans all parameters is a few words: counts and |g|^2 of the gradient, s_i.q, y_i.r, |H0 q|^2
 and |p|^2; at a pair update F_j.s, s.B0 s and the products of the new pair.  Every process sums over
 its own rows.  Between the passes, the sums of all are added up in float64, and what depends on them
-is decided in every process from the same words.  That is one collective per step without pairs,
-three with them (two where p is not capped), and two more at a pair update.
+is decided in every process from the same words.  That is one collective per step without pairs
+(two with ``normalize``, the second one of a number for every parameter), three with them (two where
+p is not capped), and two more at a pair update.
 """
 
 from __future__ import annotations
