@@ -212,7 +212,16 @@ class Call:
         )
 
     def run(self, hold: Hold, finish: Callable[[], None]) -> None:
-        """Step, update the pairs if it is time, then ``finish``."""
+        """Step, update the pairs if it is time, then ``finish``.
+
+        The moments s_i.m are kept from step to step: with them, passes take s_i.q from s_i.g.
+        Where some parameters stand still, the step has those of the others, and what it changes in
+        them is added to the whole.
+
+        Args:
+            hold: keeps Ctrl-C waiting, but while it is lifted for functions of the user's.
+            finish: notes that the step is whole.
+        """
         moments = before = self.a.moments
         if self._some_moments_stand():
             moments = self._moving_moments()
@@ -391,7 +400,10 @@ class Call:
     # ------------------------------------------------------------------ the Kronecker matrix
 
     def _precondition(self) -> None:
-        """r = H0 q with the Kronecker-factored H0, between the halves of pass 2."""
+        """r = H0 (q - Y^T a) with the Kronecker-factored H0, between the halves of pass 2.
+
+        And ``|H0 q|^2``, if the cap asks for it.
+        """
         op, a, own = self.op, self.a, self.settings
         op.kronecker_accumulate(
             self.params, self.grads, a.table, a.projections, a.counters, self.grad_scale,
@@ -414,7 +426,7 @@ class Call:
         )  # fmt: skip
 
     def _look_ahead(self) -> Tensor:
-        """q, of which pass 2 has taken the pairs' share."""
+        """q anew: of the one before, pass 2 has left q - Y^T a."""
         a, (maximize, limit) = self.a, self._gradient_options()
         g = reference.gradient_vector(
             self.params, self.grads, a.dtype, self.grad_scale, maximize
@@ -473,6 +485,7 @@ class Call:
     # ------------------------------------------------------------------ the pair update
 
     def _update_pairs(self, loss: Tensor | None, y: Tensor | None) -> None:
+        """Try a pair: passes A and B, and the commit."""
         op, a, common = self.op, self.a, self.common
         of_interval = None
         if a.gradient_sum is not None:
