@@ -26,6 +26,7 @@ ADAQN: dict[str, list[Any]] = {
     "eps": [1e-8],
     "bias_correction": [False],
     "max_grad_norm": [1.0],
+    "normalize": [True],
     "init": ["rmsprop", "adagrad", "scalar"],
     "block_size": [3],
     "max_vector_dim": [4],
@@ -62,6 +63,14 @@ LBFGS_ALONE: dict[str, list[Any]] = {
     "maximize": [True],
     "history_dtype": [torch.bfloat16],
 }
+#: Curvature pairs, and the options that say something of them alone.
+PAIRS = dict(history_size=3, update_interval=2)
+OF_PAIRS = (
+    "update_interval", "fisher_size", "curvature", "min_curvature", "max_increase", "damping",
+    "max_direction", "history_dtype", "fisher_dtype",
+)  # fmt: skip
+#: Options of one kind go with none of the other.
+OPPOSED = {"normalize"}, {"history_size", *OF_PAIRS}
 #: Flags of which the suite sets one at a time by itself.
 FLAGS = ("foreach", "fused", "differentiable")
 assert set(ADAQN) == set(ADAQN_OPTIONS) - set(FLAGS)
@@ -84,20 +93,20 @@ def alone(options: dict[str, list[Any]], **more: dict[str, Any]) -> dict[str, di
 
 
 def every_pair(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Any two options, with any of their values."""
+    """Any two options that go together, with any of their values."""
     for one, other in combinations(options, 2):
+        if all({one, other} & kind for kind in OPPOSED):
+            continue
         for value, another in product(options[one], options[other]):
             yield {one: value, other: another}
 
 
 def in_pairs(options: dict[str, list[Any]], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Few inputs, with all options in each, such that any two values meet in one of them."""
+    """Few inputs, with all options that go together, such that any two values meet in one."""
     draw, inputs = random.Random(seed), {}
     missing = {frozenset(p.items()) for p in every_pair(_places(options))}
     while missing:
-        rows = [
-            {name: draw.randrange(len(own)) for name, own in options.items()} for _ in range(20)
-        ]
+        rows = [_drawn(options, draw) for _ in range(20)]
         met = [set(map(frozenset, combinations(row.items(), 2))) for row in rows]
         best = max(range(len(rows)), key=lambda k: len(met[k] & missing))
         missing -= met[best]
@@ -105,15 +114,14 @@ def in_pairs(options: dict[str, list[Any]], seed: int = 0) -> dict[str, dict[str
     return inputs
 
 
+def _drawn(options: dict[str, list[Any]], draw: random.Random) -> dict[str, int]:
+    """The place of a value for every option, but those of one kind."""
+    without = draw.choice(OPPOSED)
+    return {name: draw.randrange(len(own)) for name, own in options.items() if name not in without}
+
+
 def _places(options: dict[str, list[Any]]) -> dict[str, list[int]]:
     return {name: list(range(len(own))) for name, own in options.items()}
-
-
-PAIRS = dict(history_size=3, update_interval=2)
-OF_PAIRS = (
-    "update_interval", "fisher_size", "curvature", "min_curvature", "max_increase", "damping",
-    "max_direction", "history_dtype", "fisher_dtype",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

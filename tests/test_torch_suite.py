@@ -45,6 +45,8 @@ DIFFERENCES: dict[str, str] = {
     "twice, with one state: refused by AdaQN. LBFGS counts it once, as torch's does.",
     "complex_2d of factors": "A complex vector is a matrix of two columns, and its factor the "
     "covariance of real and imaginary parts together; two real vectors have one each.",
+    "complex_2d of normalize": "A complex parameter has one step, whose root mean square is of "
+    "real and imaginary parts together; two real ones have one each.",
 }
 ASKED: set[str] = set()
 
@@ -240,6 +242,10 @@ def has_factors(subject):
     return subject.options.get("init", "kronecker" if subject.make is AdaQN else "") == "kronecker"
 
 
+def is_normalized(subject):
+    return subject.options.get("normalize", False)
+
+
 def check_complex_2d(subject):
     """Real and imaginary part as two parameters: the same wherever nothing is kept of matrices."""
     draw = torch.Generator().manual_seed(2024)
@@ -265,7 +271,7 @@ def check_complex_2d(subject):
         torch.testing.assert_close(torch.complex(real, imaginary), z)
 
 
-@subjects(but=[has_factors])
+@subjects(but=[has_factors, is_normalized])
 def test_complex_2d(subject):
     check_complex_2d(subject)
 
@@ -275,6 +281,12 @@ def test_complex_2d(subject):
 @pytest.mark.parametrize("make", INPUTS)
 def test_complex_2d_of_factors(make):
     check_complex_2d(Subject(make, "factors", {"init": "kronecker"}, None))
+
+
+@needs_library
+@differs("complex_2d of normalize", AssertionError)
+def test_complex_2d_of_normalize():
+    check_complex_2d(Subject(AdaQN, "normalize", {"init": "rmsprop", "normalize": True}, None))
 
 
 @subjects(AdaQN, but=[by_reference])
