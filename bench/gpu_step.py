@@ -227,9 +227,14 @@ def contenders(device: str, histories: tuple[int, ...]) -> Iterator[Contender]:
         "AdaQN diagonal", partial(AdaQN, **diagonal), lambda _: DIAGONAL_BYTES, 0,
         graphs=device == "cuda",
     )  # fmt: skip
-    for name, size in (("AdaQN default", {}), ("AdaQN, blocks of 64", {"block_size": 64})):
+    defaults: dict[str, dict] = {
+        "AdaQN default": {},
+        "AdaQN, blocks of 64": {"block_size": 64},
+        "AdaQN, normalized": {"normalize": True},
+    }
+    for name, changed in defaults.items():
         yield Contender(
-            name, partial(AdaQN, lr=1e-9, **size), lambda _: KRONECKER_BYTES, 0,
+            name, partial(AdaQN, lr=1e-9, **changed), lambda _: KRONECKER_BYTES, 0,
             kinds=("period",), graphs=device == "cuda",
         )  # fmt: skip
     yield Contender(
