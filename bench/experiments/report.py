@@ -154,7 +154,7 @@ def rates(results: dict[str, Table]) -> str:
     tasks = tried or {name: task for name, task in results.items() if name not in CONVEX}
     trials = list(dict.fromkeys(method for task in tried.values() for method in task["trials"]))
     rows = []
-    for method in (*REFERENCES, *PEERS, "kronecker", *trials):
+    for method in (*REFERENCES, *PEERS, "kronecker", "normalized", *trials):
         mine = {n: {**t["methods"], **t["trials"]}.get(method) for n, t in tasks.items()}
         if any(mine.values()):
             cells = [rate_and_loss(tasks[n], e) if e else ABSENT for n, e in mine.items()]
