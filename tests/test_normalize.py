@@ -30,14 +30,19 @@ def rms(x):
 @pytest.mark.parametrize("init", INITS)
 def test_the_root_mean_square_of_a_step_is_lr(init, fused, device):
     """Whatever the gradients' size, and of complex and half-precision parameters, too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape, dtype):
+        return torch.randn(shape, dtype=dtype, generator=generator).to(device)
+
     params = random_parameters(SHAPES, device=device)
-    params.append(nn.Parameter(torch.randn(6, 4, dtype=torch.complex64, device=device)))
-    params.append(nn.Parameter(torch.randn(9, 8, device=device).bfloat16()))
+    params += [nn.Parameter(normal((6, 4), torch.complex64))]
+    params += [nn.Parameter(normal((9, 8), torch.bfloat16))]
     optimizer = normalized(params, init=init, fused=fused)
     for step in range(12):
         before = [p.detach().clone() for p in params]
         for p in params:
-            p.grad = torch.randn_like(p) * 10.0 ** (step - 5)
+            p.grad = normal(p.shape, p.dtype) * 10.0 ** (step - 5)
         optimizer.step()
         for p, w in zip(params, before, strict=True):
             if p.numel():
