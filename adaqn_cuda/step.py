@@ -55,7 +55,7 @@ from .curvature import (
 )
 from .interrupts import Hold
 from .options import PER_GROUP, common_options
-from .state.arena import Buffers, held
+from .state.arena import Buffers, held, real_shape
 from .state.layout import largest_norm
 
 Monitor = Callable[[], "Tensor | float"]
@@ -353,7 +353,7 @@ class Call:
             sum_gradients(params, grads, self.grad_scale, maximize, a)
         if self.kronecker:
             self._precondition()
-        self._descend(moments, self._normalized_rates() if self.normalized else settings.rates)
+        self._descend(moments)
         if self.apart:
             accepted = reference.step_is_accepted(a.projections, a.counters)
             a.moments.copy_(torch.where(accepted, self._moments_anew(), a.moments))
@@ -375,22 +375,26 @@ class Call:
             *self._gradient_options(), self._runs(), held(a.momentum), a.projections,
         )  # fmt: skip
 
-    def _normalized_rates(self) -> tuple[Any, ...]:
-        """Rates by which the step of every parameter has a root mean square of lr."""
+    def _rates(self) -> tuple[Any, ...]:
+        """Those of the groups, or those by which every parameter's step has an rms of lr."""
+        rates = self.settings.rates
+        if not self.normalized:
+            return rates
         adaptive = self.a.accumulator is not None
-        return reference.normalized_rates(self.settings.rates, self._mean_squares(), adaptive)
+        return reference.normalized_rates(rates, self._mean_squares(), adaptive)
 
     def _mean_squares(self) -> Tensor:
         """Of every parameter's part of p, which is r without pairs."""
-        return reference.mean_squares(self.params, self.owners, held(self.a.direction))
+        counts = [real_shape(p).numel() for p in self.owners]
+        return reference.mean_squares(self.params, counts, held(self.a.direction))
 
-    def _descend(self, moments: Tensor, rates: tuple[Any, ...]) -> None:
+    def _descend(self, moments: Tensor) -> None:
         """Pass 3: p = r + S^T c, and the parameters go along it."""
         a, own = self.a, self.settings
         self.op.direction_pass3(
             self.params, self.grads, a.s_ring, a.gram, a.projections, a.images, a.direction,
-            own.betas[0], self._cap(), *rates, max(len(a.fisher), 1), a.iterate_sum, moments,
-            a.counters,
+            own.betas[0], self._cap(), *self._rates(), max(len(a.fisher), 1), a.iterate_sum,
+            moments, a.counters,
         )  # fmt: skip
 
     def _moments_anew(self) -> Tensor:

@@ -73,15 +73,15 @@ class ShardedCall(Call):
     def _mean_squares(self) -> Tensor:
         return self.shards.total(super()._mean_squares())
 
-    def _descend(self, moments: Tensor, rates: tuple[Any, ...]) -> None:
+    def _descend(self, moments: Tensor) -> None:
         if self.has_pairs:
             self.shards.total(self.a.images)
         if self._cap() < inf:
-            self._descend_capped(moments, rates)
+            self._descend_capped(moments)
         else:
-            super()._descend(moments, rates)
+            super()._descend(moments)
 
-    def _descend_capped(self, moments: Tensor, rates: tuple[Any, ...]) -> None:
+    def _descend_capped(self, moments: Tensor) -> None:
         """p, then its norm over all processes, then pass 3 along it as if there were no pairs."""
         a, beta = self.a, self.settings.betas[0]
         p, here = held(a.direction), reference.presence(self.params, self.grads)
@@ -97,7 +97,7 @@ class ShardedCall(Call):
         counted[: Counter.GRADIENTS] = 0
         self.op.direction_pass3(
             self.params, self.grads, a.s_ring[:0], a.gram[:1, :0],
-            a.projections[Flag.NONFINITE :], a.images[-1:], p, beta, inf, *rates,
+            a.projections[Flag.NONFINITE :], a.images[-1:], p, beta, inf, *self.settings.rates,
             max(len(a.fisher), 1), a.iterate_sum, moments[:0], counted,
         )  # fmt: skip
         a.counters[others] = counted[others]

@@ -86,15 +86,13 @@ def descend(
 LEAST_ADAPTED, LEAST = 1e-3, 1e-30
 
 
-def mean_squares(parts: list[Tensor], wholes: list[Tensor], p: Tensor) -> Tensor:
+def mean_squares(params: list[Tensor], counts: list[int], p: Tensor) -> Tensor:
     """Per parameter, the sum of squares of its part of p over its number of elements, in float64.
 
     Args:
-        parts: what is here of the parameters, as real tensors.
-        wholes: the parameters in all processes together, as the user has them.
+        counts: elements of each in all processes together, of which ``params`` are what is here.
     """
-    norms = torch._foreach_norm(p.split([w.numel() for w in parts]), 2, torch.float64)
-    counts = [w.numel() * (2 if w.is_complex() else 1) for w in wholes]
+    norms = torch._foreach_norm(p.split([w.numel() for w in params]), 2, torch.float64)
     torch._foreach_div_(norms, [max(count, 1) ** 0.5 for count in counts])
     return torch.stack(norms).square()
 
